@@ -287,8 +287,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = ROOT / "build" / "made"  # what made_once keeps from one run to the next
-MAKERS = "exits native model_store data training export server/learn".split()  # noqa: SIM905
-OTHERS = ("requirements.lock", "server/child.py", "server/upstream_settings.py", "tests/fine_tune.py")
+MAKERS = "exits native model_store data training export server/learn tests/native".split()  # noqa: SIM905
+OTHERS = (
+    "pyproject.toml",
+    "requirements.lock",
+    "server/child.py",
+    "server/upstream_settings.py",
+    "tests/fine_tune.py",
+)
 
 
 @cache
@@ -298,7 +304,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
     """A folder that `make` fills once for all pytest-xdist workers and all later runs; tests must not change it.
 
     It is made again if a source file has changed that trains or exports, or a test file that asks for it. If `make`
@@ -351,32 +357,32 @@ def few_taus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "encoder", save_encoder)
+def encoder() -> Path:
+    return made_once("encoder", save_encoder)
 
 
 @pytest.fixture(scope="session")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_file() -> Path:
     def make(folder: Path) -> None:
         rows = "".join(f"{text}\t{label}\n" for text, label in make_rows(2400, 1))
         (folder / "train.tsv").write_text("sentence\tlabel\n" + rows)
 
-    return made_once(tmp_path_factory, "data", make) / "train.tsv"
+    return made_once("data", make) / "train.tsv"
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_file: Path) -> Path:
+def checkpoint(encoder: Path, data_file: Path) -> Path:
     """The checkpoint folder of a small DE3-BERT, trained by the command a user types."""
     epochs = 1 if "SANITIZED_KERNELS" in os.environ else 4  # with sanitizers, its answers do not matter
     command = (
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
         f"--epochs {epochs} --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16 --out"
     )
-    return made_once(tmp_path_factory, "checkpoint", lambda folder: de3(f"{command} {folder}"))
+    return made_once("checkpoint", lambda folder: de3(f"{command} {folder}"))
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+def store(checkpoint: Path) -> Path:
     """A store with tiny:1 (fp32) and tiny-int8:1, exported by the command a user types.
 
     As in earlier releases, the manifests do not say whether a model takes single texts or pairs, so it takes both.
@@ -391,11 +397,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
             manifest = folder / name / "1/manifest.json"
             manifest.write_text(manifest.read_text().replace('"input": "text"', '"input": null'))
 
-    return made_once(tmp_path_factory, "store", make)
+    return made_once("store", make)
 
 
 @pytest.fixture(scope="session")
-def several(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+def several(store: Path) -> Path:
     """A store with the models of `store`, and mood:1 and mood-int8:1: two layers of their encoders, with other exits.
 
     The exits are random; mood and tiny are in fp32.
@@ -426,7 +432,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
                 fields = {"name": name, "labels": ["calm", "glad", "sad"], "source": None}
                 draft.publish(write_exits(made.open(base), exits, draft, **fields))
 
-    return made_once(tmp_path_factory, "several", make)
+    return made_once("several", make)
 
 
 # For tests that compare ONNX Runtime's int8 layers with exact ones.

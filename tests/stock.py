@@ -32,7 +32,6 @@ from tests.fixtures import TAGS, made_once, make_rows, save_encoder
 
 
 def fine_tuned(
-    factory: pytest.TempPathFactory,
     name: str,
     encoder: Path,
     names: list[str],
@@ -46,7 +45,7 @@ def fine_tuned(
         for part in fine_tune(str(encoder), names, examples, settings):
             part.save_pretrained(folder)
 
-    return made_once(factory, name, make)
+    return made_once(name, make)
 
 
 @contextmanager
@@ -57,7 +56,7 @@ def coarse_calibration() -> Iterator[None]:
         yield
 
 
-def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options: str = "") -> Path:
+def imported_as(name: str, stock: Path, options: str = "") -> Path:
     """A folder with the import of a stock model: the artifact store/NAME/1, and log.txt.
 
     The texts of the import are unlabelled, and the artifact is in int8 unless the options say otherwise.
@@ -75,7 +74,7 @@ def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options
             )
         (folder / "log.txt").write_text(output)
 
-    return made_once(factory, f"imported-{name}", make)
+    return made_once(f"imported-{name}", make)
 
 
 def transformers_model(folder: Path) -> tuple[Any, Any]:
@@ -165,7 +164,7 @@ def with_random_exits(
     return store.open(name)
 
 
-def token_classifier(factory: pytest.TempPathFactory, family: str, tags: Sequence[str] = TAGS) -> Path:
+def token_classifier(family: str, tags: Sequence[str] = TAGS) -> Path:
     """The folder of a small token classifier with random weights."""
     name = f"tags-{family}-{len(tags)}-{len(tags[1])}"
-    return made_once(factory, name, lambda folder: save_encoder(folder, family, tags=tags))
+    return made_once(name, lambda folder: save_encoder(folder, family, tags=tags))

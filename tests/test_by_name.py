@@ -51,9 +51,9 @@ from tests.upstream import chat, model_of
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bert() -> Path:
     """The folder of a stock classifier with random weights."""
-    return made_once(tmp_path_factory, "bert-by-name", lambda folder: save_encoder(folder, labels=3))
+    return made_once("bert-by-name", lambda folder: save_encoder(folder, labels=3))
 
 
 @pytest.fixture(scope="module")

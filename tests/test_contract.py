@@ -30,7 +30,7 @@ every_kind = pytest.mark.parametrize("kind", ALL)
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+def kinds(store: Path) -> Path:
     """A store with a model of each kind of answer, by its name."""
 
     def make(folder: Path) -> None:
@@ -44,9 +44,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
             config = json.loads((source / "config.json").read_text()) | {"problem_type": problem}
             (source / "config.json").write_text(json.dumps(config))
             convert(Stock.open("stock", source), made, name, "int8")
-        with_random_exits(token_classifier(tmp_path_factory, "bert"), made, "spans", "int8")
+        with_random_exits(token_classifier("bert"), made, "spans", "int8")
 
-    return made_once(tmp_path_factory, "kinds", make)
+    return made_once("kinds", make)
 
 
 Ask = Callable[..., httpx.Response]

@@ -60,7 +60,7 @@ def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     stop = threading.Event()
     folder = tmp_path_factory.mktemp("upstream")
     store = Path(shutil.copytree(store, folder / "store"))
-    with_random_exits(token_classifier(tmp_path_factory, "bert"), Store(store), "tags", "fp32")
+    with_random_exits(token_classifier("bert"), Store(store), "tags", "fp32")
     with (
         service(opinion) as upstream,
         served(

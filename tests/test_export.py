@@ -59,7 +59,7 @@ def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
     return folder
 
 
-def exported(factory: pytest.TempPathFactory, family: str) -> Path:
+def exported(family: str) -> Path:
     """A folder with an untrained checkpoint, and a store of plain:1 (fp32) and plain-int8:1 made from it."""
 
     def make(folder: Path) -> None:
@@ -70,13 +70,13 @@ def exported(factory: pytest.TempPathFactory, family: str) -> Path:
                 settings = ExportSettings(name, quantize, max_int8_loss=1.0)
                 exporter.export(checkpoint, Store(folder / "store"), settings)
 
-    return made_once(factory, f"exported-{family}", make)
+    return made_once(f"exported-{family}", make)
 
 
 @exact_int8
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
-def test_every_exit_is_the_pytorch_models(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
-    folder = exported(tmp_path_factory, family)
+def test_every_exit_is_the_pytorch_models(family: str) -> None:
+    folder = exported(family)
     artifact = Store(folder / "store").open("plain-int8")
     parity = artifact.manifest.export["parity"]
     assert parity["longest"] == 64
@@ -141,19 +141,15 @@ def test_an_export_that_differs_from_pytorch_publishes_nothing(
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_int8_that_costs_too_much_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    checkpoint = exported(tmp_path_factory, "bert") / "checkpoint"
+def test_int8_that_costs_too_much_is_refused(tmp_path: Path) -> None:
+    checkpoint = exported("bert") / "checkpoint"
     with pytest.raises(ExportError, match=r"int8 costs exit \d .* --max-int8-loss"):
         exporter.export(checkpoint, Store(tmp_path), ExportSettings("m", "int8", max_int8_loss=-1.0))
     assert Store(tmp_path).versions() == {}
 
 
-def test_exits_in_int8_are_compared_with_those_in_fp32(
-    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = exported(tmp_path_factory, "bert")
+def test_exits_in_int8_are_compared_with_those_in_fp32(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = exported("bert")
     artifact, opened = Store(folder / "store").open("plain-int8"), Checkpoint(folder / "checkpoint")
     manifest, certify = artifact.manifest, opened.held_out("certify")
     int8 = record(Model(artifact), certify)
@@ -188,9 +184,9 @@ def test_quantization_is_within_half_a_step() -> None:
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_calibration_is_honest() -> None:
     """The manifest's numbers come from running the held-out samples through the exported segments."""
-    folder = exported(tmp_path_factory, "bert")
+    folder = exported("bert")
     artifact = Store(folder / "store").open("plain-int8")
     manifest = artifact.manifest
     assert manifest.calibration is not None
@@ -208,10 +204,8 @@ def test_calibration_is_honest(tmp_path_factory: pytest.TempPathFactory) -> None
     assert default in manifest.calibration.table
 
 
-def test_evaluate_prints_a_table_and_draws_a_plot(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = exported(tmp_path_factory, "bert")
+def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = exported("bert")
     store, checkpoint = folder / "store", folder / "checkpoint"
     png, file, named = tmp_path / "plot.png", tmp_path / "texts.tsv", f"plain-int8:1 --store {store}"
     for model, more in ((checkpoint, ""), (store / "plain-int8/1", ""), (named, " and it was so" * 9)):
@@ -252,10 +246,8 @@ def test_evaluate_says_how_exits_change_the_top_probability(kind: dict[str, Any]
         pytest.param("modernbert", "plain-int8", marks=exact_int8),
     ],
 )
-def test_full_depth_is_the_segments_in_one_graph(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, family: str, name: str
-) -> None:
-    folder, int8 = exported(tmp_path_factory, family), name == "plain-int8"
+def test_full_depth_is_the_segments_in_one_graph(tmp_path: Path, family: str, name: str) -> None:
+    folder, int8 = exported(family), name == "plain-int8"
     artifact = Store(folder / "store").open(name)
     model, sessions = Model(artifact, "onnxruntime"), []
     for source, in_int8 in ((artifact.path, int8), (folder / "checkpoint", int8), (artifact.path, False)):

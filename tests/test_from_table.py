@@ -69,7 +69,7 @@ main()
 
 
 @pytest.fixture(scope="session")
-def fitted(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+def fitted(encoder: Path) -> Path:
     """A folder with the table, and the classifier that the command made without PyTorch: store/topics/1, log.txt."""
 
     def make(folder: Path) -> None:
@@ -85,7 +85,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
         assert done.returncode == 0, done.stderr
         (folder / "log.txt").write_text(done.stderr)
 
-    return made_once(tmp_path_factory, "fitted", make)
+    return made_once("fitted", make)
 
 
 def test_a_table_becomes_a_classifier(fitted: Path) -> None:

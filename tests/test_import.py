@@ -42,25 +42,25 @@ from tests.stock import (
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def texts() -> Path:
     """A file of the fewest texts that an import takes, one per line."""
 
     def make(folder: Path) -> None:
         (folder / "texts.txt").write_text("".join(f"{text}\n" for text, _ in make_rows(500, 11)))
 
-    return made_once(tmp_path_factory, "texts", make) / "texts.txt"
+    return made_once("texts", make) / "texts.txt"
 
 
 @pytest.fixture(scope="session")
-def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
+def classifier(data_file: Path, encoder: Path) -> Path:
     """The folder of a stock classifier, fine-tuned on the labelled data."""
     examples = to_examples(read_rows(data_file, Columns("sentence"))[:1200], ["0", "1"])
-    return fine_tuned(tmp_path_factory, "classifier", encoder, ["bad", "good"], examples, epochs=4)
+    return fine_tuned("classifier", encoder, ["bad", "good"], examples, epochs=4)
 
 
 @pytest.fixture(scope="session")
-def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path) -> Path:
-    return imported_as(tmp_path_factory, "mine", classifier)
+def imported(classifier: Path) -> Path:
+    return imported_as("mine", classifier)
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,8 @@ def texts_file(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
-def test_an_import_has_exits_at_all_layers_and_bounds_both_rates(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, kernels: Any
-) -> None:
-    stock, texts = token_classifier(tmp_path_factory, "bert"), texts_file(tmp_path)
+def test_an_import_has_exits_at_all_layers_and_bounds_both_rates(tmp_path: Path, kernels: Any) -> None:
+    stock, texts = token_classifier("bert"), texts_file(tmp_path)
     command = f"import {stock} --texts {texts} --name tags --store {tmp_path}/store --work {tmp_path}/work"
     said = de3(f"{command} --max-loss 30")
     assert not (tmp_path / "work").exists()
@@ -133,8 +131,8 @@ def test_an_import_has_exits_at_all_layers_and_bounds_both_rates(
         assert certified.status_code == 200 and certified.json()["certificate"]
 
 
-def test_an_import_refuses_labels(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    stock = token_classifier(tmp_path_factory, "bert")
+def test_an_import_refuses_labels(tmp_path: Path) -> None:
+    stock = token_classifier("bert")
     table = tmp_path / "rows.csv"
     table.write_text("text,label\n" + "".join(f"{text},X\n" for text, _ in make_rows(600, 12)))
     said = refusal(f"import {stock} --texts {table} --label-column label --name t --store {tmp_path}/store")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures import made_once
+
 ROOT = Path(__file__).parents[1]
 CROSS, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
@@ -43,15 +45,16 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def for_arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(CROSS, tmp_path_factory.mktemp("arm") / "compare", "-static")
+def for_arm() -> Path:
+    return made_once("kernels-arm", lambda folder: build(CROSS, folder / "compare", "-static")) / "compare"
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native() -> Path:
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler")
-    return build("gcc", tmp_path_factory.mktemp("native") / "compare", "-O2")  # -O3 takes longer to compile
+    # -O3 takes longer to compile.
+    return made_once("kernels", lambda folder: build("gcc", folder / "compare", "-O2")) / "compare"
 
 
 @pytest.mark.parametrize("lengths", [["few"], pytest.param([], marks=pytest.mark.slow)])

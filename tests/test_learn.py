@@ -77,14 +77,13 @@ IDLE, SPARE, NEVER = fitting.IDLE_CORES, fitting.SPARE_CORES, -1.0
 
 
 @pytest.fixture(scope="module")
-def stock_store(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+def stock_store(encoder: Path) -> Path:
     """A store with a fine-tuned classifier whose only exit is the last layer."""
     from tests.stock import fine_tuned
 
     examples = [Example(text, int(label)) for text, label in make_rows(600, 5)]
-    stock = fine_tuned(tmp_path_factory, "stock-learn", encoder, LABELS, examples, 4)
+    stock = fine_tuned("stock-learn", encoder, LABELS, examples, 4)
     return made_once(
-        tmp_path_factory,
         "learn-store",
         lambda folder: convert(Stock.open("stock", stock), Store(folder), "base", "int8"),
     )

@@ -27,15 +27,15 @@ def labels_of(text: str) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="session")
-def classifier(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+def classifier(encoder: Path) -> Path:
     """The folder of a stock multi-label classifier."""
     examples = [Example(text, labels_of(text)) for text, _ in make_rows(800, 1)]
-    return fine_tuned(tmp_path_factory, "multi", encoder, NAMES, examples, epochs=3)
+    return fine_tuned("multi", encoder, NAMES, examples, epochs=3)
 
 
 @pytest.fixture(scope="session")
-def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path) -> Path:
-    return imported_as(tmp_path_factory, "topics", classifier)
+def imported(classifier: Path) -> Path:
+    return imported_as("topics", classifier)
 
 
 @pytest.fixture(scope="module")

@@ -33,18 +33,18 @@ def names_of(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_file() -> Path:
     """A .jsonl file whose rows each list any number of the three labels."""
 
     def make(folder: Path) -> None:
         rows = ({"text": text, "label": names_of(text)} for text, _ in make_rows(1400, 41))
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    return made_once(tmp_path_factory, "multi-data", make) / "train.jsonl"
+    return made_once("multi-data", make) / "train.jsonl"
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
+def trained(data_file: Path, encoder: Path) -> Path:
     """A folder with the checkpoint and, in store, topics:1 (int8), made by the commands a user types."""
 
     def make(folder: Path) -> None:
@@ -60,7 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: 
         )
         assert "de3 serve --model topics" in exported
 
-    return made_once(tmp_path_factory, "multi-trained", make)
+    return made_once("multi-trained", make)
 
 
 def test_it_learns_every_label(trained: Path) -> None:

@@ -62,7 +62,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["problem_type"] = "multi_label_classification"
     (source / "config.json").write_text(json.dumps(config))
     convert(Stock.open("my-org/stock", source), store, "topics", "int8")
-    with_random_exits(token_classifier(tmp_path_factory, "bert"), store, "tags", "int8")
+    with_random_exits(token_classifier("bert"), store, "tags", "int8")
     return folder / "store"
 
 

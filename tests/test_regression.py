@@ -43,15 +43,15 @@ def value_of(text: str) -> float:
 
 
 @pytest.fixture(scope="session")
-def stock(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+def stock(encoder: Path) -> Path:
     """The folder of a stock regression model."""
     examples = [Example(text, value_of(text)) for text, _ in make_rows(800, 1)]
-    return fine_tuned(tmp_path_factory, "regression", encoder, ["praise"], examples, epochs=3)
+    return fine_tuned("regression", encoder, ["praise"], examples, epochs=3)
 
 
 @pytest.fixture(scope="session")
-def imported(tmp_path_factory: pytest.TempPathFactory, stock: Path) -> Path:
-    return imported_as(tmp_path_factory, "praise", stock, f"--tolerance {TOLERANCE}")
+def imported(stock: Path) -> Path:
+    return imported_as("praise", stock, f"--tolerance {TOLERANCE}")
 
 
 @pytest.fixture(scope="module")

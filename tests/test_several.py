@@ -37,7 +37,7 @@ Entry = str | dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def heads(tmp_path_factory: pytest.TempPathFactory, store: Path, encoder: Path) -> Path:
+def heads(store: Path, encoder: Path) -> Path:
     """A store with NAMES in fp32, and in int8 with the ending -int8; and other, which has another encoder."""
 
     def make(folder: Path) -> None:
@@ -56,7 +56,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory, store: Path, encoder: Path) 
         stock = Stock.open("other", save_encoder(folder / ".other", labels=2))
         convert(stock, Store(folder), "other", "fp32")
 
-    return made_once(tmp_path_factory, "heads", make)
+    return made_once("heads", make)
 
 
 def publish_stars(store: Store, base: str, name: str) -> None:

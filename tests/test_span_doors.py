@@ -59,7 +59,7 @@ def save_finder(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+def both(store: Path) -> Path:
     """A store with a classifier, tiny, and two equal token classifiers, finder and another."""
 
     def make(folder: Path) -> None:
@@ -69,7 +69,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
         for name in ("finder", "another"):
             convert(Stock.open(name, folder / ".stock"), Store(folder), name, "fp32")
 
-    return made_once(tmp_path_factory, "finder-store", make)
+    return made_once("finder-store", make)
 
 
 @pytest.fixture(scope="module")

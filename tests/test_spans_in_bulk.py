@@ -29,7 +29,7 @@ LONG = "a good film and a dull plot " * 40
 
 
 @pytest.fixture(scope="module")
-def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tagged() -> Path:
     """A store with a token classifier, tags:1, and a classifier on the same encoder, moods:1, without exits."""
 
     def make(folder: Path) -> None:
@@ -43,7 +43,7 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("tags", "moods"):
             convert(Stock.open(name, folder / name), Store(folder / "store"), name, "int8")
 
-    return made_once(tmp_path_factory, "tagged-for-bulk", make) / "store"
+    return made_once("tagged-for-bulk", make) / "store"
 
 
 @pytest.fixture(scope="module")

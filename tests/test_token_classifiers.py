@@ -41,12 +41,12 @@ SECRET = "superb charming tired"  # words of the tokenizer
 
 
 @pytest.fixture(scope="session")
-def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tagged() -> Path:
     """A store with a token classifier with random exits, tags:1, and a classifier on its encoder, mood:1."""
 
     def make(folder: Path) -> None:
         store, rng = Store(folder), np.random.default_rng(5)
-        base = with_random_exits(token_classifier(tmp_path_factory, "bert"), store, "tags", "int8")
+        base = with_random_exits(token_classifier("bert"), store, "tags", "int8")
 
         def random(*shape: int) -> Any:
             return rng.normal(0, 0.3, shape).astype(np.float32)
@@ -59,7 +59,7 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with store.new_version("mood") as draft:
             draft.publish(write_exits(base, exits, draft, name="mood", **fields))
 
-    return made_once(tmp_path_factory, "tagged", make)
+    return made_once("tagged", make)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def model(kernels: Any, tagged: Path) -> Model:
 # Of the families with one class, one.
 @pytest.mark.parametrize("family", {kind: name for name, kind in FAMILIES.items()}.values())
 def test_every_exit_gives_the_same_logits_on_every_runtime_and_the_last_those_of_transformers(
-    family: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    family: str, tmp_path: Path
 ) -> None:
-    folder = token_classifier(tmp_path_factory, family)
+    folder = token_classifier(family)
     store = Store(tmp_path)
     theirs = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

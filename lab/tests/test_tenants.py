@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from de3.data.examples import Example
 from lab.learn import WINDOW, Answer
 from lab.tenants import table
@@ -35,11 +33,9 @@ def test_single_texts_are_answered_beside_batches(store: Path) -> None:
         assert answered == requests != "0" != batches
 
 
-def test_texts_of_tenants_are_sent_to_a_server_that_learns(
-    encoder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_texts_of_tenants_are_sent_to_a_server_that_learns(encoder: Path, tmp_path: Path) -> None:
     examples = [Example(text, int(label)) for text, label in make_rows(600, 5)]
-    stock = fine_tuned(tmp_path_factory, "stock-learn", encoder, ["negative", "positive"], examples, 4)
+    stock = fine_tuned("stock-learn", encoder, ["negative", "positive"], examples, 4)
     texts = write_rows(
         tmp_path / "texts.jsonl", [(f"{k} {text}", x) for k, (text, x) in enumerate(make_rows(60, 6))]
     )
