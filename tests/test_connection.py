@@ -418,7 +418,10 @@ LOSSES: list[Any] = [
 
 
 @pytest.mark.parametrize("first", range(len(LOSSES)))
-def test_the_smallest_loss_is_evicted(first: int) -> None:
+def test_the_smallest_loss_is_evicted(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    for where in ("time.monotonic", "de3.server.http.listener.monotonic"):
+        monkeypatch.setattr(where, lambda: now)  # they grow no older while they are made
     shared = made_listener(1000)
     large = [Made(shared, "large", state=connection.RESPONSE) for _ in range(10)]
     left = [Made(shared, *loss) for loss in reversed(LOSSES[first:])]

@@ -169,7 +169,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
         ("invalid", False, True, [raw(HEAD + b"\r\n", 0.001, MANY)]),  # without end
         ("reply", True, False, [answer(body) for body in NO_LABEL]),
         ("refused", False, False, [answer({}, status) for status in (400, 413, 422)]),
-        ("refused", False, True, [answer({"error": KEY}, status) for status in (201, 401, 404)]),
+        ("refused", False, True, [answer({"error": KEY}, status) for status in (201, 401, 403, 404)]),
         (
             "redirect",
             False,
