@@ -217,8 +217,7 @@ class _Loaded:
 
     def answers_by_column(self, texts: Input | Iterable[Input | None], **options: Unpack[Options]) -> Answers:
         """Like answers(), but by column, and with the time in each model."""
-        request = self._request(options)
-        request.keeps_errors = True
+        request = replace(self._request(options), keeps_errors=True)
         given = list[Text | str]()
         for one in _iterable(texts):
             try:

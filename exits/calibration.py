@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits import bound
-from de3.exits.recorded import Recorded, RecordedSpans
+from de3.exits.kinds import Classes, Labels, Spans, Value
+from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Entropy, Signal
 
@@ -79,9 +80,13 @@ def candidates(recorded: Recorded) -> list[Signal]:
 
     A regression model and a token classifier have none.
     """
-    if recorded.tolerance is not None or isinstance(recorded, RecordedSpans):
-        return []
-    return [Entropy(), *(Edr(lam) for lam in (LAMS if recorded.thresholds is None else ()))]
+    match recorded.kind:
+        case Classes():
+            return [Entropy(), *(Edr(lam) for lam in LAMS)]
+        case Labels():
+            return [Entropy()]
+        case Value() | Spans():
+            return []
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
@@ -127,7 +132,7 @@ def _unlike(samples: Samples, index: NDArray[np.int64]) -> list[tuple[NDArray[np
     """Each kind of disagreement at the exits `index`, (n,): of m samples, with their groups; none of no samples."""
     return [
         (differs[np.arange(len(rows)), index[rows]], samples.groups[rows])
-        for differs, rows in samples.recorded.kinds
+        for differs, rows in samples.recorded.failures
         if len(rows)
     ]
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits import formulas
-from de3.exits.reading import Reading
+from de3.exits.kinds import CLASSES, Kind, Spans, TextKind, Value
+from de3.exits.reading import SpansReading
 
 # Fields of Recorded with a row for each sample.
 ARRAYS = ("logits", "distances", "labels", "tokens", "original")
@@ -29,9 +30,7 @@ class Recorded:
         tokens: number of tokens of each sample, (n,); None if not recorded.
         original: answers of the model before quantization or fine-tuning, shaped like labels; if None, full depth's are
             used.
-        thresholds: label thresholds of a multi-label model, as logits, (K,); None for other models.
-        tolerance: in a regression model, whose logits are the values (K = 1), the largest difference between two values
-            that counts as agreement; None in a model with classes.
+        kind: what an answer is.
         costs: cost of an answer at each exit, for speed-ups; None: its layer.
         first_exit: index of the first exit that is used; the risk of earlier ones is 1.
     """
@@ -42,8 +41,7 @@ class Recorded:
     labels: NDArray[Any]
     tokens: NDArray[np.int64] | None = None
     original: NDArray[Any] | None = None
-    thresholds: NDArray[np.float64] | None = None
-    tolerance: float | None = None
+    kind: Kind = CLASSES
     costs: list[int] | None = None
     first_exit: int = 0
 
@@ -66,6 +64,11 @@ class Recorded:
         return replace(parts[0], **arrays)
 
     @property
+    def _text_kind(self) -> TextKind:
+        assert not isinstance(self.kind, Spans)  # see RecordedSpans
+        return self.kind
+
+    @property
     def exit_costs(self) -> list[int]:
         """Cost of an answer at each exit."""
         return self.exit_layers if self.costs is None else self.costs
@@ -73,7 +76,7 @@ class Recorded:
     @cached_property
     def answers(self) -> NDArray[Any]:
         """The answer of each exit: a class or a value, (n, exits), or the assigned labels, (n, exits, K) bool."""
-        return answers_of(self.logits, self.thresholds, self.tolerance)
+        return self._text_kind.answers(self.logits)
 
     @cached_property
     def correct(self) -> NDArray[np.bool_]:
@@ -87,25 +90,19 @@ class Recorded:
 
     def differs_from(self, expected: NDArray[Any]) -> NDArray[np.bool_]:
         """True where an exit's answer differs from the expected one, (n, exits). expected: shaped like labels."""
-        if self.tolerance is not None:  # NaN differs from every value
-            return np.asarray(~(np.abs(self.answers - expected[:, None]) <= self.tolerance))
-        differs = self.answers != expected[:, None]
-        return np.asarray(differs if self.thresholds is None else differs.any(-1))
+        return self.kind.differ(self.answers, expected[:, None])
 
     @property
-    def kinds(self) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
-        """The kinds of disagreement whose rates are limited, each with the samples that the rate is about.
-
-        Each is (m, exits), with the indices of these samples, (m,).
-        """
+    def failures(self) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+        """For each criterion (exits.criteria), where its samples fail, (m, exits), and their indices, (m,)."""
         return [(self.differs, np.arange(len(self.differs)))]
 
     @property
     def entropy(self) -> formulas.Floats:
         """The local signal (entropy), (n, exits); raises ValueError for a regression model."""
-        if self.thresholds is not None:
-            return formulas.label_entropy(self.logits)
-        return formulas.entropy(formulas.softmax(self.logits))
+        if isinstance(self.kind, Value | Spans):
+            raise ValueError("entropy needs classes")
+        return self.kind.entropy(self.logits)
 
     @property
     def distance_ratio(self) -> formulas.Floats:
@@ -115,16 +112,7 @@ class Recorded:
     @property
     def risk_features(self) -> formulas.Floats:
         """The features of `exits.signals.Risk`, (n, exits, 5)."""
-        if self.tolerance is not None:
-            return formulas.value_features(self.answers)
-        if self.thresholds is None:
-            exits = range(
-                len(self.exit_layers)
-            )  # one by one, as all at once take ten times the memory of the logits
-            parts = [formulas.risk_features(self.logits[:, [j]], self.distances[:, [j]]) for j in exits]
-            return np.concatenate(parts, axis=1)
-        gaps = np.abs(self.logits.astype(np.float64) - self.thresholds)
-        return formulas.stacked(gaps.min(-1), self.entropy, np.full(self.logits.shape[:2], np.nan))
+        return self._text_kind.risk_features(self.logits, self.distances)
 
 
 @dataclass(frozen=True)
@@ -144,17 +132,21 @@ class RecordedSpans(Recorded):
 
     @classmethod
     def of(
-        cls, exit_layers: list[int], readings: Sequence[Sequence[Reading]], tokens: Sequence[int]
+        cls,
+        kind: Spans,
+        exit_layers: list[int],
+        readings: Sequence[Sequence[SpansReading]],
+        tokens: Sequence[int],
     ) -> "RecordedSpans":
         """The readings of every exit, for n texts, with the numbers of tokens; full depth's answers are the labels."""
         count = len(readings), len(exit_layers)
         unsure, spans = np.zeros((*count, 4)), np.empty(count, np.object_)
         for i, passed in enumerate(readings):
             for j, reading in enumerate(passed):
-                assert reading.unsure is not None
                 unsure[i, j], spans[i, j] = reading.unsure, reading.answer
         empty = np.full((*count, 1), np.nan, np.float32)
-        return cls(*(exit_layers, empty, empty, spans[:, -1], np.array(tokens)), unsure=unsure, spans=spans)
+        fields: dict[str, Any] = {"tokens": np.array(tokens), "kind": kind, "unsure": unsure, "spans": spans}
+        return cls(exit_layers, empty, empty, spans[:, -1], **fields)
 
     @property
     def answers(self) -> NDArray[np.object_]:
@@ -162,12 +154,12 @@ class RecordedSpans(Recorded):
         return self.spans
 
     @property
-    def kinds(self) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+    def failures(self) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
         """Texts whose set of spans differs; and, among those where full depth finds one, those with one missed."""
         expected = self.answers[:, -1] if self.original is None else self.original
         rows = np.flatnonzero([bool(one) for one in expected])
         missed = [[bool(expected[i] - one) for one in self.spans[i]] for i in rows]
-        return [*super().kinds, (np.array(missed, np.bool_).reshape(len(rows), self.spans.shape[1]), rows)]
+        return [*super().failures, (np.array(missed, np.bool_).reshape(len(rows), self.spans.shape[1]), rows)]
 
     @property
     def risk_features(self) -> formulas.Floats:
@@ -175,15 +167,3 @@ class RecordedSpans(Recorded):
         logs = np.log(np.maximum(self.unsure[..., :3], [1e-12, 1e-12, 1.0]))
         ones = np.ones((*self.unsure.shape[:2], 1))
         return np.asarray(np.concatenate([ones, logs, self.unsure[..., 3:]], -1))
-
-
-def answers_of(
-    logits: NDArray[np.float32], thresholds: NDArray[np.float64] | None, tolerance: float | None
-) -> NDArray[Any]:
-    """The answers that logits (..., K) give: classes or values, (...), or the assigned labels, (..., K) bool.
-
-    thresholds, tolerance: see Recorded.
-    """
-    if tolerance is not None:
-        return logits[..., 0].astype(np.float64)
-    return np.asarray(logits.argmax(-1) if thresholds is None else logits > thresholds)

@@ -7,8 +7,9 @@ or with the original model where its answers are known.
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.exits.reading import Weights
 from de3.exits.recorded import Recorded
-from de3.exits.signals import Risk, Weights
+from de3.exits.signals import Risk
 
 Floats = NDArray[np.float64]
 RIDGE = 0.01  # penalty on standardized weights; the loss is summed over samples

@@ -10,21 +10,19 @@ in one call, give it a `code` in `native/rule.h` and a case in `native/rule.c: s
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import exp, log
-from typing import ClassVar, Literal, Protocol, Self
+from math import exp, nan
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 
 from de3.exits import formulas
-from de3.exits.reading import Reading
+from de3.exits.kinds import CLASSES, Kind, Labels, Spans, Value
+from de3.exits.reading import Reading, Weights
 from de3.exits.recorded import Recorded
 
 MAX_LAM = 100.0
 DEFAULT_LAM = 1.0
-SMALLEST = 1e-12  # lower bound on the argument of a logarithm
 FEATURES = 5  # number of Risk's features at each exit
-
-Weights = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +31,29 @@ class ModelTraits:
 
     Attributes:
         name: name of the model, for messages.
-        answer: the kind of answer: mutually exclusive classes, independent labels, a value (regression), or spans.
+        kind: what an answer is.
         risk: weights of Risk by layer; None if the model does not have this signal.
     """
 
     name: str = "the model"
-    answer: Literal["classes", "labels", "value", "spans"] = "classes"
+    kind: Kind = CLASSES
     risk: tuple[Weights | None, ...] | None = None
 
     def check_has_classes(self, signal: str, exclusive: bool) -> None:
         """Raise ValueError for a regression model, a token classifier and, if `exclusive`, a multi-label model."""
-        if self.answer == "spans":
-            raise ValueError(f"{signal} needs one answer for a text, and {self.name} finds spans")
-        if self.answer == "value":
-            raise ValueError(
-                f"{signal} needs classes, and {self.name} is a regression model, whose answer is a number"
-            )
-        if exclusive and self.answer == "labels":
-            raise ValueError(
-                f"{signal} needs mutually exclusive classes, and {self.name} is a multi-label model"
-            )
+        match self.kind:
+            case Spans():
+                raise ValueError(f"{signal} needs one answer for a text, and {self.name} finds spans")
+            case Value():
+                raise ValueError(
+                    f"{signal} needs classes, and {self.name} is a regression model, whose answer is a number"
+                )
+            case Labels() if exclusive:
+                raise ValueError(
+                    f"{signal} needs mutually exclusive classes, and {self.name} is a multi-label model"
+                )
+            case _:
+                pass
 
 
 CLASSIFIER = ModelTraits()
@@ -110,7 +111,8 @@ class Entropy:
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The normalized entropy at this exit."""
-        return readings[-1].entropy
+        entropy = readings[-1].entropy
+        return nan if entropy is None else entropy
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """The normalized entropy of recorded samples, (n, exits)."""
@@ -144,7 +146,7 @@ class Edr:
 def edr(reading: Reading, lam: float) -> float | None:
     """EDR of one exit (Eq. 12), for λ above 0; None if the exit has no prototypes."""
     entropy, ratio = reading.entropy, reading.distance_ratio
-    if ratio is None:
+    if entropy is None or ratio is None:
         return None
     # Multiplied out, so that nothing is divided by a signal that is 0.
     denominator = lam * entropy + ratio
@@ -186,24 +188,9 @@ class Risk:
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The risk at this exit; None at the last exit, and at one without the prototypes that its weights need."""
         reading = readings[-1]
-        w = self.weights[reading.layer]
-        if w is None:
-            return None
-        if reading.value is not None:
-            return _logistic(w[0] + w[1] * reading.value + w[2] * (reading.value * reading.value))
-        if (unsure := reading.unsure) is not None:
-            largest = SMALLEST if unsure.largest < SMALLEST else unsure.largest
-            total = SMALLEST if unsure.total < SMALLEST else unsure.total
-            z = w[0] + w[1] * log(largest) + w[2] * log(total)
-            return _logistic(z + w[3] * log(max(unsure.tokens, 1)) + w[4] * unsure.found)
-        h = SMALLEST if reading.entropy < SMALLEST else reading.entropy
-        z = w[0] + w[1] * reading.margin + w[2] * reading.entropy + w[3] * log(h)
-        if w[4] != 0.0:
-            if reading.distance_ratio is None:
-                return None
-            ratio = SMALLEST if reading.distance_ratio < SMALLEST else reading.distance_ratio
-            z += w[4] * log(ratio)
-        return _logistic(z)
+        weights = self.weights[reading.layer]
+        z = None if weights is None else reading.risk(weights)
+        return None if z is None else _logistic(z)
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """The risk of recorded samples, (n, exits); NaN at the last exit."""

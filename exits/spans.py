@@ -222,11 +222,6 @@ class TokenReading:
         _ = self.spans
         self.logits = np.empty((0, len(self.rule.labels)), np.float32)
 
-    @property
-    def answer(self) -> frozenset[tuple[int, int, str]]:
-        """The set of spans, without their scores."""
-        return frozenset(span[:3] for span in self.spans)
-
 
 def probabilities(logits: Array) -> Array:
     """Class probabilities, (T, K) float32, of logits (T, K)."""

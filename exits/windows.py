@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import log
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.reading import Reading
+from de3.exits.kinds import Classes, Kind, Labels, Spans, Value
+from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading, ValueReading
 from de3.exits.spans import Array, Layout, TokenReading
 
 MAX_WINDOWS = 16
@@ -48,11 +49,11 @@ class Flag(NamedTuple):
     labels: Sequence[int]
     threshold: float
 
-    def prob(self, reading: Reading) -> float:
+    def prob(self, reading: ClassReading | LabelsReading) -> float:
         """The probability that one of the labels is right."""
         return sum(reading.probs[k] for k in self.labels)
 
-    def is_raised(self, reading: Reading) -> bool:
+    def is_raised(self, reading: ClassReading | LabelsReading) -> bool:
         """True if the probability reaches the threshold."""
         return self.prob(reading) >= self.threshold
 
@@ -81,103 +82,167 @@ def _step(room: int, overlap: float = OVERLAP) -> int:
     return room - int(overlap * room)
 
 
-class Combination:
-    """The combined answer of the windows of a text that have run so far."""
+class Combination(Protocol):
+    """The combined answer of the windows of a text that have run so far.
 
-    def __init__(
-        self, weights: Sequence[int], thresholds: Sequence[float] | None = None, flag: Flag | None = None
-    ) -> None:
-        """weights: number of new tokens of each window, in execution order. thresholds: label thresholds of a
-        multi-label model, as logits; None for other models. flag: the labels to watch for; None if there are none.
-        """
-        self._flag = flag
-        self._best: Reading | None = None  # with a flag: the reading that gave the answer
-        self.decisive = 0  # with a flag: index of the window that gave the answer
-        self._count = 0
-        self._total = self._left = sum(weights)
-        self._weights = iter(weights)
-        self._thresholds = thresholds
-        self._probs: list[float] = []  # weighted sums of probabilities or of the value; multi-label: maxima
-        self._logits: list[float] = []  # multi-label: maxima
+    Attributes:
+        decisive: with a flag: index of the window that gave the answer.
+    """
 
-    def add(self, reading: Reading) -> None:
+    decisive: int
+
+    def add(self, reading: Any) -> None:
         """Add the answer of the next window."""
-        weight = next(self._weights)
-        self._left -= weight
-        if self._flag is not None:
-            if self._best is None or self._flag.prob(reading) > self._flag.prob(self._best):
-                self._best, self.decisive = reading, self._count
-            self._count += 1
-            return
-        if self._thresholds is None:
-            values = reading.probs if reading.value is None else [reading.value]
-            sums = self._probs or [0.0] * len(values)
-            self._probs = [s + weight * p for s, p in zip(sums, values, strict=True)]
-        else:
-            self._probs = _highest(self._probs, reading.probs)
-            self._logits = _highest(self._logits, reading.logits)
 
     def is_settled(self, change: float = 1.0) -> bool:
-        """True if the remaining windows cannot change the label, or any label of a multi-label model.
-
-        With a flag: true once the flag is raised, even if its labels can still become more probable.
+        """True if the remaining windows cannot change the answer.
 
         change: assumed effect of the remaining windows, as a share of their largest possible effect. Used only for
-        mutually exclusive classes, as one part of a text says nothing about the labels of another. A regression value
-        is settled only after the last window.
+        mutually exclusive classes, as one part of a text says nothing about the labels of another.
         """
+
+    def reading(self, last: Any) -> Reading:
+        """The combined answer of the windows that have run, with the signals of `last`, the last window's reading."""
+
+
+def combination(kind: Kind, windows: Sequence[Span], flag: Flag | None = None) -> Combination:
+    """The combination of a text's windows. flag: the labels to watch for; None if there are none."""
+    weights = [window.new for window in windows]
+    match kind:
+        case Spans():
+            return _Spans([(window.start, window.end) for window in windows])
+        case Classes() | Labels() if flag is not None:
+            return _Flagged(len(windows), flag)
+        case Classes():
+            return _Classes(weights)
+        case Labels():
+            return _Labels(len(windows), kind)
+        case Value():
+            return _Value(weights)
+        case _:
+            assert_never(kind)
+
+
+class _Flagged:
+    """The answer of the window where the flag's labels are most probable; its logits are those of that window."""
+
+    def __init__(self, count: int, flag: Flag) -> None:
+        self._flag, self._left = flag, count
+        self._best: ClassReading | LabelsReading | None = None
+        self._ran = self.decisive = 0
+
+    def add(self, reading: ClassReading | LabelsReading) -> None:
+        if self._best is None or self._flag.prob(reading) > self._flag.prob(self._best):
+            self._best, self.decisive = reading, self._ran
+        self._ran += 1
+        self._left -= 1
+
+    def is_settled(self, change: float = 1.0) -> bool:
+        """True once the flag is raised, even if its labels can still become more probable."""
+        return self._left == 0 or (self._best is not None and self._flag.is_raised(self._best))
+
+    def reading(self, last: ClassReading | LabelsReading) -> Reading:
+        best = self._best
+        assert best is not None
+        if isinstance(best, LabelsReading) and isinstance(last, LabelsReading):
+            last = replace(last, labels=best.labels)
+        return replace(last, logits=best.logits, probs=best.probs, label=best.label)
+
+
+class _Classes:
+    """The mean of the probabilities; its logits are their logarithms."""
+
+    decisive = 0
+
+    def __init__(self, weights: Sequence[int]) -> None:
+        self._total = self._left = sum(weights)
+        self._weights = iter(weights)
+        self._sums: list[float] = []
+
+    def add(self, reading: ClassReading) -> None:
+        weight = next(self._weights)
+        self._left -= weight
+        sums = self._sums or [0.0] * len(reading.probs)
+        self._sums = [s + weight * p for s, p in zip(sums, reading.probs, strict=True)]
+
+    def is_settled(self, change: float = 1.0) -> bool:
         if self._left == 0:
             return True
-        if self._flag is not None:
-            return self._best is not None and self._flag.is_raised(self._best)
-        if self._thresholds is not None:  # an assigned label stays; any other may still be assigned
-            return all(x > limit for x, limit in zip(self._logits, self._thresholds, strict=True))
-        if len(self._probs) == 1:  # a window may change a value by any amount
-            return False
-        best, second = sorted(self._probs, reverse=True)[:2]
+        best, second = sorted(self._sums, reverse=True)[:2]
         return best - second > change * self._left + ROUNDING * self._total
 
-    def reading(self, last: Reading) -> Reading:
-        """The combined answer of the windows that have run, with the signals of `last`, the last window's reading.
-
-        The logits are those of the combined probabilities; with a flag, those of the window that gave the answer.
-        """
-        if (best := self._best) is not None:
-            return replace(last, logits=best.logits, probs=best.probs, label=best.label, labels=best.labels)
-        if self._thresholds is not None:
-            logits = self._logits
-            assigned = [k for k, limit in enumerate(self._thresholds) if logits[k] > limit]
-            label = logits.index(max(logits))
-            return replace(last, logits=logits, probs=self._probs, label=label, labels=assigned)
-        if last.value is not None:
-            value = self._probs[0] / (self._total - self._left)
-            return replace(last, logits=[value], value=value)
-        total = sum(self._probs)
-        probs = [s / total for s in self._probs]
+    def reading(self, last: ClassReading) -> ClassReading:
+        total = sum(self._sums)
+        probs = [s / total for s in self._sums]
         logits = [log(max(p, SMALLEST)) for p in probs]
         return replace(last, logits=logits, probs=probs, label=probs.index(max(probs)))
+
+
+class _Labels:
+    """The highest probability of each label in any window."""
+
+    decisive = 0
+
+    def __init__(self, count: int, kind: Labels) -> None:
+        self._left, self._kind = count, kind
+        self._probs: list[float] = []
+        self._logits: list[float] = []
+
+    def add(self, reading: LabelsReading) -> None:
+        self._left -= 1
+        self._probs = _highest(self._probs, reading.probs)
+        self._logits = _highest(self._logits, reading.logits)
+
+    def is_settled(self, change: float = 1.0) -> bool:
+        """True if all labels are assigned: an assigned label stays; any other may still be assigned."""
+        return self._left == 0 or len(self._kind.assigned(self._logits)) == len(self._logits)
+
+    def reading(self, last: LabelsReading) -> LabelsReading:
+        logits = self._logits
+        label, labels = logits.index(max(logits)), self._kind.assigned(logits)
+        return replace(last, logits=logits, probs=self._probs, label=label, labels=labels)
+
+
+class _Value:
+    """The mean of the values, settled only after the last window, which may change it by any amount."""
+
+    decisive = 0
+
+    def __init__(self, weights: Sequence[int]) -> None:
+        self._weights, self._left = iter(weights), len(weights)
+        self._sum = self._total = 0.0
+
+    def add(self, reading: ValueReading) -> None:
+        weight = next(self._weights)
+        self._left -= 1
+        self._sum, self._total = self._sum + weight * reading.value, self._total + weight
+
+    def is_settled(self, change: float = 1.0) -> bool:
+        return self._left == 0
+
+    def reading(self, last: ValueReading) -> ValueReading:
+        return replace(last, value=self._sum / self._total)
 
 
 def _highest(before: list[float], now: list[float]) -> list[float]:
     return [max(pair) for pair in zip(before or now, now, strict=True)]
 
 
-class SpanCombination:
+class _Spans:
     """The spans of a text's windows: those of one long text, with the tokens of all windows that have run.
 
     Windows overlap: of a token in two windows, the logits are those of the window in which it is farther from the edge
     that cuts the text.
     """
 
-    decisive = 0  # as exits.windows.Combination
+    decisive = 0
 
     def __init__(self, windows: Sequence[tuple[int, int]]) -> None:
         """windows: the tokens [start, end) of the text in each window, without special tokens."""
         self._windows = windows
         self._ran: list[TokenReading] = []
 
-    def add(self, reading: Reading) -> None:
-        """Add the answer of the next window."""
+    def add(self, reading: SpansReading) -> None:
         assert reading.tokens is not None
         self._ran.append(reading.tokens)
 
@@ -185,8 +250,7 @@ class SpanCombination:
         """True if all windows have run: one part of a text says nothing about the spans of another."""
         return len(self._ran) == len(self._windows)
 
-    def reading(self, last: Reading) -> Reading:
-        """The combined answer of the windows that have run, with the signals of `last`, the last window's reading."""
+    def reading(self, last: SpansReading) -> SpansReading:
         windows, logits, layouts = self._windows[: len(self._ran)], list[Array](), list[Layout]()
         # The first token of each window that is taken from it, and not from the window before.
         cuts = [(end + start) // 2 for (_, end), (start, _) in pairwise(windows)]

@@ -11,7 +11,8 @@ from de3.data.examples import Example
 from de3.data.split import groups_of
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
-from de3.exits.recorded import Recorded, RecordedSpans
+from de3.exits.kinds import Classes, Labels, Value
+from de3.exits.recorded import Recorded
 from de3.exits.reference import quantiles
 from de3.exits.signals import SIGNALS, Risk, Signal, signal_label
 from de3.exits.trade_offs import TradeOffs
@@ -173,8 +174,8 @@ def _report(
     tables: dict[str, list[TradeOff]], default: TradeOff, samples: Samples, self_labelled: bool
 ) -> None:
     count = f"{len(samples.recorded.labels)} certifying samples"
-    if len(samples.recorded.kinds) > 1:
-        count += f", {len(samples.recorded.kinds[1][1])} with spans"
+    if len(samples.recorded.failures) > 1:
+        count += f", {len(samples.recorded.failures[1][1])} with spans"
     reference = "full depth" if samples.recorded.original is None else "the original model"
     columns = ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%")
     table = empty_table(columns, f"Speed-up in layers by disagreement with {reference}, {count}")
@@ -189,9 +190,9 @@ def _report(
         table.add_row(signal_label(rows[0].signal, rows[0].lam) + mark, *speeds)
     console.print(table)
     measure = f"agreement with {reference}" if self_labelled else "accuracy"
-    if samples.recorded.tolerance is not None:
+    if isinstance(kind := samples.recorded.kind, Value):
         target = reference if self_labelled else "the labels"
-        measure = f"answers within {samples.recorded.tolerance:g} of {target}"
+        measure = f"answers within {kind.tolerance:g} of {target}"
     limited = "τ limits the loss of accuracy, not the answers that differ (max_disagreement limits those)"
     console.print(
         f"default: {signal_label(default.signal, default.lam)}, τ = {default.tau:g}: {meaning(default)}. "
@@ -225,7 +226,7 @@ def meaning(row: TradeOff | Defaults) -> str:
 
 def references(certified: Recorded) -> list[dict[str, Any]]:
     """Quantiles of each exit's signals on the certifying samples, as fields of a manifest's Reference."""
-    references, has_classes = [], certified.tolerance is None and not isinstance(certified, RecordedSpans)
+    references, has_classes = [], isinstance(certified.kind, Classes | Labels)
     for j, layer in enumerate(certified.exit_layers):
         has_prototypes = not np.isnan(certified.distances[0, j]).any()
         reference = {

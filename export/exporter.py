@@ -129,7 +129,7 @@ def certified(
     final = Manifest.model_validate({**exported.manifest.model_dump(), **calibrated.fields()})
     if is_int8:
         whole = certifying.is_whole
-        rule = ExitRule(final.defaults.tau, final.default_signal)
+        rule = ExitRule(final.defaults.tau, final.default_signal, kind=final.kind)
         proof["int8"]["same_exit"] = same_exit(recorded.rows(whole), expected.rows(whole), rule)
     return draft.publish(final.model_copy(update={"export": proof}))
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples
+from de3.exits.kinds import CLASSES, Classes, Labels, Value
 from de3.exits.recorded import Recorded
 from de3.export.states import POOLINGS, TokenStates
 from de3.export.training_set import Target, TrainingSet, sigmoid
@@ -88,8 +89,7 @@ class Exits:
                 distances[:, layer] = 1 - unit @ _unit(self.prototypes[layer]).T
         return Recorded(
             *(layers, logits, distances, target.answers),
-            thresholds=target.thresholds,
-            tolerance=target.tolerance,
+            kind=target.kind,
         )
 
 
@@ -103,7 +103,7 @@ def fit(num_layers: int, texts: TrainingSet, seed: int) -> Exits:
 
 def fit_tokens(tokens: TokenStates, seed: int) -> Exits:
     """Fit exits on every layer but the last of a token classifier, with the ridges that `choose` selects."""
-    target = Target.of(tokens.logits, None, None)
+    target = Target(tokens.logits, CLASSES)
     texts, axes = (
         TrainingSet(target, tokens.texts, lambda _, layer: tokens.states[layer]),
         dict[tuple[str, int], Basis](),
@@ -240,11 +240,11 @@ def _chosen(
 
     def loss(found: tuple[float, Linear]) -> float:
         logits = y @ found[1][0].T + found[1][1]
-        if held.target.tolerance is not None:
+        if isinstance(held.target.kind, Value):
             return float(np.square(logits - held.target.outputs).mean())
         return _loss_of(held.target)(logits, held.target.probabilities)[0]
 
-    ridges: Sequence[float] = RIDGES if texts.target.tolerance is None else VALUE_RIDGES
+    ridges: Sequence[float] = VALUE_RIDGES if isinstance(texts.target.kind, Value) else RIDGES
     ridges = TOKEN_RIDGES if pooling == "none" else ridges
     return min(fitted(texts, pooling, layer, ridges, axes), key=loss)
 
@@ -265,7 +265,7 @@ def fitted(
     x = texts.pooled(pooling, layer)
     mean, spread = x.mean(0), x.std(0) + 1e-4
     x = (x - mean) / spread
-    if texts.target.tolerance is not None:
+    if isinstance(texts.target.kind, Value):
         path = _values(x, texts.target.outputs.astype(np.float32), ridges)
     else:
         if len(x) < ENOUGH * x.shape[1]:
@@ -300,7 +300,7 @@ def _values(x: Array, wanted: Array, ridges: Sequence[float]) -> Iterator[Linear
 
 
 def _loss_of(target: Target) -> Loss:
-    return _softmax_loss if target.thresholds is None else _sigmoid_loss
+    return _sigmoid_loss if isinstance(target.kind, Labels) else _softmax_loss
 
 
 def _softmax_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
@@ -385,7 +385,7 @@ def _probabilities(
 def with_spaces(exits: Exits, train: TrainingSet, seed: int, is_quiet: bool = False) -> Exits:
     """Add prototypical networks and prototypes, fitted to the target's answers, if a text has one class."""
     target = train.target
-    if target.thresholds is not None or target.tolerance is not None or exits.pooling == "none":
+    if not isinstance(target.kind, Classes) or exits.pooling == "none":
         return exits
 
     def one(layer: int) -> tuple[Linear, Array]:

@@ -16,7 +16,7 @@ from de3.data.split import groups_of, stratified
 from de3.data.tables import TextOrPair, pair_of
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples
-from de3.exits.rule import logit_thresholds
+from de3.exits.kinds import Labels, kind_of_text
 from de3.export import label_report, states
 from de3.export.calibrate import CalibrationPart, calibrate
 from de3.export.exporter import ExportSettings
@@ -73,7 +73,7 @@ def fit_table(
     with TemporaryDirectory(prefix="de3-") as folder:
         computed = states.compute(model, [e.text for e in fitting], Path(folder), "fitting", poolings)
         del model  # frees its memory
-        target = Target(None, logit_thresholds(thresholds), None, _label_rows(fitting, len(names)))
+        target = Target(None, kind_of_text(thresholds, None), _label_rows(fitting, len(names)))
         texts = TrainingSet(target, groups, computed.states)
         as_served = partial(as_stored, precision=base.manifest.precision)
         fitted = fit_labels(base.manifest.num_layers, texts, fold, poolings, as_served)
@@ -182,7 +182,7 @@ def _certified(
 def _label_risk(fitted: Fitted) -> list[RiskWeights] | None:
     """The risk that an exit's answer differs from the label; None for a multi-label model."""
     crossed = fitted.crossed
-    if crossed.thresholds is not None:
+    if isinstance(crossed.kind, Labels):
         return None
     both = zip(crossed.exit_layers, risk.label_weights(crossed), strict=True)
     return [RiskWeights(layer=layer, weights=list(weights)) for layer, weights in both]

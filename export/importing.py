@@ -13,6 +13,7 @@ import numpy as np
 from de3.data.examples import Example, Label, answered, input_of, label_of, to_examples
 from de3.data.split import Split, groups_of, split
 from de3.data.tables import TextOrPair, labels_in, pair_of
+from de3.exits.kinds import kind_of_text
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
 from de3.export.classifier import Stock, convert
@@ -96,10 +97,8 @@ def import_classifier(
     full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
     del reference, quantized  # frees their memory
     thresholds = _thresholds(stock, settings.threshold)
-    targets = [
-        Target.of(computed.logits, thresholds, settings.tolerance)
-        for computed in (fitting, tuning, certifying)
-    ]
+    kind = kind_of_text(thresholds, settings.tolerance)
+    targets = [Target(computed.logits, kind) for computed in (fitting, tuning, certifying)]
     texts = TrainingSet(targets[0], groups_fitted, fitting.states)
     exits = fit.fit(stock.num_layers, texts, SEED)
     tune = _answered(parts.tune, targets[1], settings.labelled)
@@ -173,8 +172,7 @@ def answers(
     with TemporaryDirectory() as folder:
         model = _base(stock, Path(folder), "fp32")
         logits = states.compute(model, texts, Path(folder), "original", ()).logits
-    target = Target.of(logits, thresholds, tolerance)
-    return [label_of(row) for row in target.answers]
+    return [label_of(row) for row in kind_of_text(thresholds, tolerance).answers(logits)]
 
 
 def _base(stock: Stock, folder: Path, precision: Precision) -> Model:

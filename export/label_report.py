@@ -10,11 +10,13 @@ from rich.markup import escape
 from de3.data.tables import TextOrPair
 from de3.exits import calibration
 from de3.exits.calibration import Samples
+from de3.exits.kinds import Classes
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
 from de3.exits.signals import Entropy
 from de3.model_store.printable import printable
 from de3.progress import console, empty_table, warn
+from de3.training.measures import measures_of
 
 WEAKEST = 5  # number of labels, or pairs of labels, shown
 MAX_FALL = 0.05  # largest fall in a label's recall that causes no warning
@@ -82,7 +84,7 @@ def report(
         return Answers(_one_hot(recorded.labels, len(names)), _one_hot(answers, len(names)), groups)
 
     full, early = of(recorded.answers[:, -1]), of(recorded.answers[rows, index])
-    measure = "accuracy" if recorded.thresholds is None else "all labels right"
+    measure = measures_of(recorded.kind).right_if
     outcome = calibration.outcome(samples, scores, tau, Entropy())
     console.print(
         f"{len(texts)} {what}: at full depth, {measure} {full.accuracy()}, macro-F1 {full.macro_f1()}; at the default "
@@ -92,7 +94,7 @@ def report(
         highlight=False,
     )
     _show_weakest(full, early, names)
-    if recorded.thresholds is None:
+    if isinstance(recorded.kind, Classes):
         _show_confused(recorded.labels, recorded.answers[:, -1], names, texts)
     if fallen := _fallen(full, early, names):
         warn(

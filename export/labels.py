@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.recorded import Recorded, answers_of
+from de3.exits.kinds import Labels
+from de3.exits.recorded import Recorded
 from de3.export import fit
 from de3.export.fit import Array, Exits
 from de3.export.training_set import Target, TrainingSet
@@ -101,8 +102,8 @@ def _path(
     path = list[NDArray[np.float64]]()
     for _, (weight, bias) in fit.fitted(others, pooling, layer, RIDGES, {}):
         logits = x @ weight.T + bias
-        differs = answers_of(logits, held.target.thresholds, None) != held.target.answers
-        correct = ~(differs if differs.ndim == 1 else differs.any(-1))
+        kind = held.target.kind
+        correct = ~kind.differ(kind.answers(logits), held.target.answers)
         path.append(np.stack([_loss(logits, held.target), correct]))
         means = [float(loss.mean()) for loss, _ in path]
         if len(means) - 1 - int(np.argmin(means)) >= WORSE:
@@ -113,7 +114,7 @@ def _path(
 def _loss(logits: Array, target: Target) -> NDArray[np.float64]:
     """The cross-entropy of each text, (n,); with several labels, summed over them."""
     z, wanted = logits.astype(np.float64), target.probabilities
-    if target.thresholds is not None:
+    if isinstance(target.kind, Labels):
         return np.asarray((np.logaddexp(0, z) - wanted * z).sum(-1))
     z -= z.max(-1, keepdims=True)
     return np.asarray(np.log(np.exp(z).sum(-1)) - (wanted * z).sum(-1))

@@ -201,7 +201,7 @@ def _speedups(
     costs = profiles(scores, recorded.differs, recorded.exit_costs, taus).layers
     speedups = recorded.exit_costs[-1] / np.maximum(costs.mean(0), 1e-3)
     is_proved, is_within = np.ones(len(taus), np.bool_), np.ones(len(taus), np.bool_)
-    for unlike, rows in recorded.kinds:
+    for unlike, rows in recorded.failures:
         differing = profiles(scores[rows], unlike, recorded.exit_costs, taus).differs
         counts = np.full(len(taus), len(rows)), differing.sum(0)
         is_proved &= betting.e_values(*counts, np.full(len(taus), rate)) >= 1 / error
@@ -223,18 +223,17 @@ def _evidence(
     cut: int,
 ) -> Iterator[HeldOut]:
     """Yield the evidence of each held-out record. is_near: whether it is near to a record that the fit read."""
-    missed: dict[int, list[bool]] = {}
-    for unlike, rows in recorded.kinds[1:]:
-        missed = dict(zip(rows.tolist(), unlike.tolist(), strict=True))
-    for i, (one, differs) in enumerate(zip(scores, recorded.differs, strict=True)):
+    by_criterion = [
+        dict(zip(rows.tolist(), fails.tolist(), strict=True)) for fails, rows in recorded.failures
+    ]
+    for i, one in enumerate(scores):
         yield HeldOut(
             records.names[records.clients[i]],
             None if is_near[i] else int(records.keys[i]),
             int(records.numbers[i]),
             cut,
             [None if np.isnan(score) else float(score) for score in one],
-            differs.tolist(),
-            missed.get(i),
+            [failures.get(i) for failures in by_criterion],
         )
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from de3.data.examples import Example, label_array
 from de3.data.tables import pair_of
-from de3.exits.reading import Reading, read_tokens
+from de3.exits.kinds import Spans
+from de3.exits.reading import SpansReading
 from de3.exits.recorded import Recorded, RecordedSpans
-from de3.exits.rule import logit_thresholds
 from de3.model_store.model import Model
 from de3.model_store.segments import Array, Step, Tokens
 from de3.progress import track
@@ -29,7 +29,7 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
         return len(tokens), model.full_depth(tokens)
 
     exits = model.manifest.exit_layers
-    if model.manifest.is_spans:
+    if isinstance(model.manifest.kind, Spans):
         return recorded_spans(model, [model.tokenize(*pair_of(e.text)) for e in examples], what)
     logits = np.zeros((len(examples), len(exits), len(model.manifest.labels)), np.float32)
     distances = np.full_like(logits, np.nan)
@@ -49,8 +49,7 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
         distances,
         labels,
         tokens,
-        thresholds=logit_thresholds(model.manifest.thresholds),
-        tolerance=model.manifest.tolerance,
+        kind=model.manifest.kind,
     )
 
 
@@ -62,9 +61,9 @@ def recorded_spans(
     exits: classifiers that replace the model's own exits, one for each layer but the last: weights (K, hidden) and bias
     (K,).
     """
-    rule, pooling = model.manifest.span_rule, model.pooling
+    kind, pooling = model.manifest.kind, model.pooling
     layers = model.manifest.exit_layers if exits is None else list(range(len(exits) + 1))
-    assert rule is not None
+    assert isinstance(kind, Spans)
 
     def logits_of(step: Step, layer: int) -> Array:
         if exits is None or layer == len(exits):
@@ -73,11 +72,11 @@ def recorded_spans(
         weight, bias = exits[layer]
         return np.asarray(pooling.normalized(step.hidden) @ weight.T + bias, np.float32)
 
-    def readings(tokens: Tokens) -> list[Reading]:
+    def readings(tokens: Tokens) -> list[SpansReading]:
         assert tokens.layout is not None
         steps = model.full_depth(tokens)
-        return [read_tokens(layer, logits_of(steps[layer], layer), tokens.layout, rule) for layer in layers]
+        return [kind.read(layer, logits_of(steps[layer], layer), tokens.layout) for layer in layers]
 
     with ThreadPoolExecutor(THREADS) as pool:
         results = track(pool.map(readings, texts), f"Running {what} through the segments", len(texts))
-        return RecordedSpans.of(layers, list(results), [len(one) for one in texts])
+        return RecordedSpans.of(kind, layers, list(results), [len(one) for one in texts])

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.calibration import Samples
+from de3.exits.kinds import Spans, kind_of_text
 from de3.exits.recorded import Recorded
 from de3.export.calibrate import CalibrationPart
 from de3.export.classifier import message_of
@@ -24,7 +25,7 @@ MIN_OF_CLIENT = 30  # records of a client that make its weight reliable
 
 def texts_of(records: Records, manifest: Manifest) -> TrainingSet:
     """A model's records, as texts to fit exits to; identical texts form a group. The states are mean-pooled."""
-    target = Target.of(records.logits, manifest.thresholds, manifest.tolerance)
+    target = Target(records.logits, kind_of_text(manifest.thresholds, manifest.tolerance))
     return TrainingSet(target, groups_of(records), lambda _, layer: records.states[:, layer])
 
 
@@ -78,7 +79,7 @@ def part_of(recorded: Recorded, groups: NDArray[np.int64]) -> CalibrationPart:
 
 def recorded(model: Artifact, records: Records) -> Recorded:
     """The outputs of a model's exits for its records; raises as exits_of does."""
-    if model.manifest.is_spans:
+    if isinstance(model.manifest.kind, Spans):
         tokens = [records.tokens(i) for i in range(len(records))]
         return recorded_spans(opened_model(model), tokens, "recorded texts")
     return exits_of(model).recorded(texts_of(records, model.manifest))

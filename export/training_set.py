@@ -1,14 +1,13 @@
 """The texts to which exits are fitted: their pooled states after each layer, and the outputs that exits should give."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.recorded import answers_of
-from de3.exits.rule import logit_thresholds
+from de3.exits.kinds import Labels, TextKind
 
 Array = NDArray[np.float32]
 
@@ -19,19 +18,13 @@ class Target:
 
     Attributes:
         logits: the model's logits at full depth, (n, K); None: the outputs are labels.
-        thresholds, tolerance: see exits.recorded.Recorded.
+        kind: what an answer is.
         labels: true for each label of a text, (n, K); None: the outputs are logits.
     """
 
     logits: Array | None
-    thresholds: NDArray[np.float64] | None
-    tolerance: float | None
+    kind: TextKind
     labels: NDArray[np.bool_] | None = None
-
-    @classmethod
-    def of(cls, logits: Array, thresholds: Sequence[float] | None, tolerance: float | None) -> "Target":
-        """The target of logits, (n, K). thresholds: as probabilities."""
-        return cls(logits, logit_thresholds(thresholds), tolerance)
 
     @property
     def outputs(self) -> NDArray[Any]:
@@ -46,18 +39,18 @@ class Target:
         return replace(self, **of)
 
     @property
-    def answers(self) -> NDArray[np.generic]:
+    def answers(self) -> NDArray[Any]:
         """The answers: classes or values, (n,), or the assigned labels, (n, K) bool."""
         if self.labels is not None:
-            return self.labels.argmax(-1) if self.thresholds is None else self.labels
-        return answers_of(self.outputs, self.thresholds, self.tolerance)
+            return self.labels if isinstance(self.kind, Labels) else self.labels.argmax(-1)
+        return self.kind.answers(self.outputs)
 
     @property
     def probabilities(self) -> Array:
         """The probabilities, (n, K); 0 or 1 for labels."""
         if self.logits is None:
             return self.outputs.astype(np.float32)
-        if self.thresholds is not None:
+        if isinstance(self.kind, Labels):
             return sigmoid(self.logits)
         odds = np.exp(self.logits - self.logits.max(-1, keepdims=True))
         return np.asarray(odds / odds.sum(-1, keepdims=True), np.float32)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from de3.exits.kinds import Spans
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
 from de3.loadtest import report
@@ -148,8 +149,8 @@ def name_of(size: int) -> str:
 
 def _passes(model: Model, tokens: Sequence[Tokens]) -> list[ForwardPass]:
     manifest = model.manifest
-    signal = manifest.default_signal if manifest.is_spans else Entropy()
-    rule = ExitRule(0.0, signal, spans=manifest.span_rule)
+    signal = manifest.default_signal if isinstance(manifest.kind, Spans) else Entropy()
+    rule = ExitRule(0.0, signal, kind=manifest.kind)
     return [
         ForwardPass(t, [Decision(model.exits, rule, manifest.num_layers, layout=t.layout)]) for t in tokens
     ]

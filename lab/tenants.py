@@ -64,7 +64,7 @@ def count_ms(manifest: Manifest, tenants: int, share: float) -> float:
         for key in range(number * BATCH, (number + 1) * BATCH):
             if rng.random() < share:
                 differs = (rng.random(exits) < RATE / 2).tolist()
-                settled.add(key, [*rng.random(exits).tolist(), None], [*differs, False], False)
+                settled.add(key, [*rng.random(exits).tolist(), None], [[*differs, False]], False)
             else:
                 settled.skipped += 1
         start = time.thread_time()

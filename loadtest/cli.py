@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from de3.exits.kinds import Classes
 from de3.loadtest import options
 from de3.loadtest.texts import read, with_long, with_taus
 
@@ -220,7 +221,7 @@ def compare(
         raise ValueError(f"--peer {min(unknown)}: available: {', '.join(known)}; some need --stock")
     variants: list[dict[str, Any]] = [{}, {"tau": 0.0}] if has_exits else [{"tau": 0.0}]
     servers = [ours(store, model, **fields) for fields in variants]
-    full_depth = servers[-1].name if artifact.manifest.traits.answer == "classes" else ""
+    full_depth = servers[-1].name if isinstance(artifact.manifest.kind, Classes) else ""
     servers += [ours(store, model, tau=value) for value in tau or ()]
     if rounds > 1:
         servers += [ours(store, model, "onnxruntime", **fields) for fields in variants]

@@ -6,14 +6,14 @@ pass ends when all have decided.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import nan
 from time import perf_counter
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.reading import Reading
+from de3.exits.kinds import Classes, Labels, Spans, Value
+from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading, ValueReading
 from de3.exits.rule import ExitReason, ExitRule
 from de3.exits.spans import Layout, TokenReading, Unsure
 from de3.model_store.segments import Array, Exits, Layers, NativeExits, NativeLayers, Tokens
@@ -145,15 +145,16 @@ def _decide(decision: Decision, layer: int, hidden: Array) -> None:
     if layer not in exits.layers or not (rule.tau > 0 or decision.ask_all or layer == decision.deepest):
         return
     logits, found = exits.run(layer, hidden)
-    if exits.is_spans:
+    reading: Reading
+    if isinstance(rule.kind, Spans):
         assert decision.layout is not None
-        reading = rule.read_tokens(layer, logits, decision.layout)
+        reading = rule.kind.read(layer, logits, decision.layout)
     else:
-        reading = rule.read(layer, logits.tolist(), None if found is None else found.tolist())
+        reading = rule.kind.read(layer, logits.tolist(), None if found is None else found.tolist())
     decision.readings.append(reading)
     reading.score = rule.signal.score(decision.readings)
-    far = decision.far
-    is_far = far is not None and reading.nearest is not None and reading.nearest > far[layer]
+    nearest, far = reading.nearest, decision.far
+    is_far = far is not None and nearest is not None and nearest > far[layer]
     if is_far and not decision.is_far:
         decision.mark_ood()
     if layer == exits.num_layers:
@@ -200,12 +201,12 @@ class NativeForward:
 
 def _arguments(one: Decision, tokens: int, is_new: bool) -> tuple[Any, ...]:
     """A decision as `native/python.c` takes it."""
-    exits, signal, thresholds, spans = one.exits, one.rule.signal, one.rule.thresholds, one.rule.spans
+    exits, signal, kind = one.exits, one.rule.signal, one.rule.kind
     assert isinstance(exits, NativeExits)
-    if is_new and spans is not None:
+    if is_new and isinstance(kind, Spans):
         assert one.layout is not None
         one.logits = np.empty((exits.num_layers + 1, tokens, exits.num_labels), np.float32)
-        one.distances, one.counted = NO_DISTANCES, spans.counted(one.layout).view(np.uint8)
+        one.distances, one.counted = NO_DISTANCES, kind.rule.counted(one.layout).view(np.uint8)
     elif is_new:
         shape = (exits.num_layers + 1, exits.num_labels)
         one.logits, one.distances = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -218,13 +219,13 @@ def _arguments(one: Decision, tokens: int, is_new: bool) -> tuple[Any, ...]:
         one.deepest,
         one.ask_all,
         one.tau_factor,
-        None if thresholds is None else thresholds.table,
+        kind.table if isinstance(kind, Labels) else None,
         one.far,
         one.logits,
         one.distances,
         one.states,
         one.counted,
-        -1 if spans is None else spans.outside,
+        kind.rule.outside if isinstance(kind, Spans) else -1,
     )
 
 
@@ -255,18 +256,23 @@ def _reading(one: Decision, is_whole: bool, layer: int, *values: Any) -> Reading
     values: label, margin, entropy, distance ratio, nearest distance, score, probs and unsure.
     """
     label, margin, entropy, ratio, nearest, score, probs, unsure = values
-    if unsure is not None:
-        assert one.rule.spans is not None and one.layout is not None
-        tokens = TokenReading(one.logits[layer], one.layout, one.rule.spans) if is_whole else None
-        return Reading(
-            *(layer, [], [], 0, nan, nan, None, None, score), unsure=Unsure(*unsure), tokens=tokens
-        )
-    if not is_whole:
-        return Reading(layer, [], [], label, margin, entropy, ratio, nearest, score)
-    logits, thresholds = one.logits[layer].tolist(), one.rule.thresholds
-    reading = Reading(layer, logits, probs, label, margin, entropy, ratio, nearest, score)
-    if len(logits) == 1:
-        reading.value = logits[0]
-    elif thresholds is not None:
-        reading.labels = [k for k, limit in enumerate(thresholds.logits) if logits[k] > limit]
-    return reading
+    match kind := one.rule.kind:
+        case Classes():
+            logits = one.logits[layer].tolist() if is_whole else []
+            return ClassReading(
+                layer, logits, probs if is_whole else [], label, margin, entropy, ratio, nearest, score
+            )
+        case Labels():
+            logits = one.logits[layer].tolist() if is_whole else []
+            assigned = kind.assigned(logits) if is_whole else []
+            return LabelsReading(
+                layer, logits, probs if is_whole else [], label, margin, entropy, assigned, score
+            )
+        case Value():
+            return ValueReading(layer, float(one.logits[layer][0]), score)
+        case Spans():
+            assert one.layout is not None
+            tokens = TokenReading(one.logits[layer], one.layout, kind.rule) if is_whole else None
+            return SpansReading(layer, Unsure(*unsure), tokens, score)
+        case _:
+            assert_never(kind)

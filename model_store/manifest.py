@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from de3.exits.kinds import Kind, Spans, kind_of_text
+from de3.exits.reading import Weights
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from de3.exits.reference import LEVELS, is_ascending
-from de3.exits.rule import Thresholds
-from de3.exits.signals import FEATURES, Entropy, ModelTraits, Risk, Signal, Weights, check_name, signal_of
+from de3.exits.signals import FEATURES, Entropy, ModelTraits, Risk, Signal, check_name, signal_of
 from de3.exits.spans import Aggregation, SpanRule
 from de3.model_store.architecture import Architecture
 from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, Layer, ManifestPart, Share
@@ -321,11 +322,9 @@ class Manifest(Architecture):
         weights: list[Weights | None] = [None] * (self.num_layers + 1)
         for row in self.risk or []:
             weights[row.layer] = tuple(row.weights)
-        kind: Literal["classes", "labels"] = "classes" if self.thresholds is None else "labels"
-        other: Literal["spans", "value"] = "spans" if self.is_spans else "value"
         return ModelTraits(
             name=self.full_name,
-            answer=kind if self.has_classes else other,
+            kind=self.kind,
             risk=None if self.risk is None else tuple(weights),
         )
 
@@ -342,19 +341,16 @@ class Manifest(Architecture):
         return self.signal(self.defaults.signal, self.defaults.lam)
 
     @property
+    def kind(self) -> Kind:
+        """What an answer is, without a request's options."""
+        if self.aggregation is not None:
+            return Spans(SpanRule(tuple(self.labels), self.aggregation))
+        return kind_of_text(self.thresholds, self.tolerance)
+
+    @property
     def has_classes(self) -> bool:
         """True if an answer is a class or several labels, not a value or spans."""
-        return self.tolerance is None and not self.is_spans
-
-    @property
-    def span_rule(self) -> SpanRule | None:
-        """How spans are made without options; None unless the model is a token classifier."""
-        return None if self.aggregation is None else SpanRule(tuple(self.labels), self.aggregation)
-
-    @property
-    def label_thresholds(self) -> Thresholds | None:
-        """The label thresholds of a multi-label model; None for other models."""
-        return None if self.thresholds is None else Thresholds.of(self.thresholds)
+        return self.tolerance is None and self.aggregation is None
 
     def required_files(self) -> list[str]:
         """Files that the artifact must have."""

@@ -155,7 +155,7 @@ class Model:
                 states = [hidden_states(encoder.layers, t, manifest.num_layers, self._check) for t in texts]
             plain = self._onnx_exits(weights, prototypes)
             proof.prove_exits(self.path, plain, exits, states, self._check)
-            proof.prove_group(encoder, exits, texts, manifest.span_rule, self._check)
+            proof.prove_group(encoder, exits, texts, manifest.kind, self._check)
         return self._encoders.add(encoder), exits
 
     def _onnx_encoder(self) -> Encoder:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from de3.exits.kinds import Kind
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
-from de3.exits.spans import SpanRule
 from de3.model_store.architecture import Architecture
 from de3.model_store.encoder import Encoder
 from de3.model_store.forward import Decision, ForwardPass
@@ -144,13 +144,13 @@ def prove_group(
     encoder: Encoder,
     exits: Exits,
     texts: Sequence[Tokens],
-    spans: SpanRule | None,
+    kind: Kind,
     check: Callable[[], None],
 ) -> None:
     """Raise NoKernelsError unless texts give the same bits in a group, run in two calls, as alone."""
     forward, last = encoder.forward, exits.num_layers
     assert forward is not None
-    rule = ExitRule(0.0, Entropy(), spans=spans)
+    rule = ExitRule(0.0, Entropy(), kind=kind)
     passes = [ForwardPass(t, [Decision(exits, rule, last, ask_all=True, layout=t.layout)]) for t in texts]
     try:
         for _ in range(2):

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, assert_never
 
 import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict only since Python 3.12
 
-from de3.exits.reading import Reading
+from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading, ValueReading
 from de3.exits.rule import ExitReason
 from de3.exits.signals import edr
 from de3.exits.spans import Span, merged, redacted
@@ -228,17 +228,17 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
             **_signals(reading, lam, exact),
         },
     }
-    if reading.tokens is not None and request.spans is not None and request.spans.templates is not None:
-        row["text"] = redacted(item.text.text, reading.tokens.spans, request.spans.templates)
-        row["spans"] = [span_row(span, text, exact) for span in merged(reading.tokens.spans)]
-    if reading.value is not None:
-        row["value"] = reading.value
-    if reading.labels is not None:
-        row["labels"] = [labels[k] for k in reading.labels]
+    match reading:
+        case SpansReading() if request.spans is not None and request.spans.templates is not None:
+            row["text"] = redacted(item.text.text, reading.spans, request.spans.templates)
+            row["spans"] = [span_row(span, text, exact) for span in merged(reading.spans)]
+        case ValueReading():
+            row["value"] = reading.value
+        case LabelsReading():
+            row["labels"] = [labels[k] for k in reading.labels]
     if request.top_k:
-        best = ranked(
-            reading.logits if request.raw else reading.probs, labels, request.top_k, request.raw or exact
-        )
+        of = outcome.text_reading.logits if request.raw else outcome.probs
+        best = ranked(of, labels, request.top_k, request.raw or exact)
         row["top"] = [{"label": label, "prob": prob} for prob, label in best]
     if outcome.truncated:
         row["truncated"] = True
@@ -246,6 +246,7 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
         layers = [window.layer for window in outcome.windows]
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
     if job.flag is not None:
+        assert isinstance(reading, ClassReading | LabelsReading)  # see engine.job
         prob = job.flag.prob(reading)
         row["flag"] = {
             "label": labels[job.flag.labels[0]],
@@ -277,7 +278,7 @@ def _passed_exits(
                 **_answer(reading, labels, raw, exact, text),
                 **_signals(reading, lam, exact),  # type: ignore[typeddict-item]  # might have more keys
             }
-            if reading.value is not None:
+            if isinstance(reading, ValueReading):
                 row["value"] = reading.value
             if outcome.windows:
                 row["window"] = number
@@ -287,9 +288,16 @@ def _passed_exits(
 
 def _answer(reading: Reading, labels: list[str], raw: bool, exact: bool, text: str | None) -> Answer:
     """The answer of an exit. text: for the spans of a token classifier; None to leave out their characters."""
-    if reading.tokens is None:
-        return {"label": labels[reading.label], "probs": _probs(reading, raw, exact)}
-    return {"spans": [span_row(span, text, exact) for span in reading.tokens.spans]}
+    match reading:
+        case ClassReading() | LabelsReading():
+            shown = reading.probs if exact else rounded(reading.probs)
+            return {"label": labels[reading.label], "probs": reading.logits if raw else shown}
+        case ValueReading():
+            return {"label": labels[0], "probs": None}
+        case SpansReading():
+            return {"spans": [span_row(span, text, exact) for span in reading.spans]}
+        case _:
+            assert_never(reading)
 
 
 def span_row(span: Span, text: str | None, exact: bool = False) -> SpanOfText:
@@ -299,14 +307,6 @@ def span_row(span: Span, text: str | None, exact: bool = False) -> SpanOfText:
     if text is not None:
         row["text"] = text[span.start : span.end]
     return row
-
-
-def _probs(reading: Reading, raw: bool, exact: bool) -> list[float] | None:
-    if reading.value is not None:
-        return None
-    if raw:
-        return reading.logits
-    return reading.probs if exact else rounded(reading.probs)
 
 
 def _signals(reading: Reading, lam: float, exact: bool) -> Signals:

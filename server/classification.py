@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -21,7 +21,7 @@ MAX_TEMPLATE = 100  # characters that replace a span
 MAX_MODELS = 16  # models that answer on one pass, as in native/layers.h
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Classification(Request):
     """A request with the options of its answer (answer.py).
 
@@ -39,8 +39,8 @@ class Classification(Request):
     top_k: int = 0
     indices: Sequence[int] = ()
 
-    def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for `top_k` or `raw` with a model that has no labels to rank."""
+    def for_model(self, manifest: Manifest) -> Self:
+        """The same request; raises RequestError for `top_k` or `raw` with a model that has no labels to rank."""
         if manifest.is_spans and (self.top_k or self.raw):
             name = "top_k" if self.top_k else "raw"
             raise RequestError(
@@ -51,6 +51,7 @@ class Classification(Request):
                 f"top_k: {manifest.full_name} is a regression model: it has no labels to rank",
                 "top_k",
             )
+        return self
 
     def name_of(self, index: int) -> str:
         """The name of one text in error messages."""

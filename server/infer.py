@@ -10,10 +10,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 
-from de3.exits.reading import differs
+from de3.exits.kinds import differs
 from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Job, check_texts, jobs_of, with_spans
-from de3.server.engine.request import Entry, Request
+from de3.server.engine.request import NOBODY, Entry, Request, Sender
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.service import Service
@@ -38,6 +38,7 @@ class Inference:
     """
 
     request: Request
+    sender: Sender = NOBODY
     served: Sequence[Served] = ()
     job: Job | None = None
     _done: "asyncio.Future[None] | None" = None
@@ -52,7 +53,7 @@ class Inference:
         _check_response(self.request, [one.model.manifest for one in served])
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
-        self.job = job = jobs_of(served, self.request, level, self._settle)
+        self.job = job = jobs_of(served, self.request, level, self._settle, self.sender)
         if not job.items:  # a guardrail may be sent only images
             return job
         with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
@@ -83,7 +84,7 @@ class Inference:
     async def _wait(self, job: Job, done: "asyncio.Future[None]", service: Service) -> None:
         """Submit a job and wait until it finishes; raises an error if it fails or times out."""
         service.engine.submit(job)
-        expires_at = job.request.expires_at
+        expires_at = job.sender.expires_at
         left_s = service.settings.timeout_s if expires_at is None else expires_at - perf_counter()
         timer = asyncio.get_running_loop().call_later(left_s, lambda: self._settle(timed_out(service)))
         try:
@@ -123,10 +124,10 @@ def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:
 def _check_spans(job: Job) -> None:
     """Raise RequestError if the response would have more than MAX_SPANS spans; one text's answer is always allowed."""
     explain, count = job.request.explain, 0
-    for one in job.team:
-        for outcome in one.outcomes():
+    for outcomes in (one.outcomes() for one in job.team):
+        for outcome in outcomes:
             readings = outcome.passed if explain else [outcome.reading]
-            count += sum(len(reading.tokens.spans) for reading in readings if reading.tokens is not None)
+            count += sum(len(one.spans) for one in readings)
     if count > MAX_SPANS and (explain or len(job.request.texts) > 1):
         name = job.request.input_name
         raise RequestError(
@@ -177,14 +178,14 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
         None if outcome.reason == "deadline" else answer
         for outcome, answer in zip(job.outcomes(), job.answers(), strict=True)
     ]
-    tolerance = job.model.manifest.tolerance
+    kind = job.model.manifest.kind
     names = job.model.full_name, shadow.model.full_name
 
     def compare(error: Exception | None) -> None:
         if error is None:
             pairs = [(a, b) for a, b in zip(answers, second.answers(), strict=True) if a is not None]
             service.metrics.shadow_texts.labels(*names).inc(len(pairs))
-            differing = sum(differs(a, b, tolerance) for a, b in pairs)
+            differing = sum(differs(kind, a, b) for a, b in pairs)
             service.metrics.shadow_disagreements.labels(*names).inc(differing)
         second.release()
 

@@ -17,6 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from de3.exits.kinds import Spans
 from de3.server.audit.auditor import EXCLUDED, UPSTREAM_FAILED, Auditor
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import tau_row
@@ -315,8 +316,8 @@ class Metrics:
             self.requests.labels(name, status)
         for metric in self._start_at_0:
             metric.labels(name)
-        rule = served.model.manifest.span_rule
-        spans = [] if rule is None else rule.names
+        kind = served.model.manifest.kind
+        spans = kind.rule.names if isinstance(kind, Spans) else []
         self.texts.add_model(name, served.model.manifest.upstream is not None, spans)
         self._served[name] = served
         if name in self._gone:

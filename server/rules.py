@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from de3.exits.bound import CONFIDENCE
 from de3.exits.guarantee import Reason
-from de3.exits.rule import ExitRule, Thresholds
+from de3.exits.kinds import Labels
+from de3.exits.rule import ExitRule
 from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
@@ -125,21 +126,13 @@ def _needs_an_exit(options: ExitOptions, last: int | None) -> str | None:
     return "lambda" if name == "lam" else name
 
 
-def one_answer(manifest: Manifest) -> str:
-    """The reason why a model that is not multi-label has no thresholds."""
-    if manifest.is_spans:
-        return "its answer is the spans of a text"
-    return "its classes are mutually exclusive" if manifest.tolerance is None else "its answer is a number"
-
-
 class Rules:
     """Chooses the exit rule of each request to one model."""
 
     def __init__(self, manifest: Manifest, settings: Settings) -> None:
         self._manifest, self._exits = manifest, manifest.exit_layers
         self._traits = manifest.traits
-        self._thresholds = manifest.label_thresholds
-        self._spans = manifest.span_rule
+        self._kind = manifest.kind
         self.name = manifest.full_name
         table = manifest.calibration.table if manifest.calibration else []
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
@@ -216,15 +209,12 @@ class Rules:
         max_layer: int | None = None,
     ) -> Choice:
         expected = self._rows.get((tau, *_key(signal))) if max_layer is None else None
-        return Choice(
-            ExitRule(tau, signal, max_layer, self._thresholds, self._spans), set_by, requested, expected
-        )
+        return Choice(ExitRule(tau, signal, max_layer, self._kind), set_by, requested, expected)
 
     def _at_row(self, row: TradeOff, set_by: str, requested: float | None = None) -> Choice:
         """The choice for a row of the calibration table."""
         signal = self._signals[Key(row.signal, row.lam)]
-        rule = ExitRule(row.tau, signal, thresholds=self._thresholds, spans=self._spans)
-        return Choice(rule, set_by, requested, row)
+        return Choice(ExitRule(row.tau, signal, kind=self._kind), set_by, requested, row)
 
     def choose(self, options: ExitOptions, level: int = 0, tenant: str = "") -> Choice:
         """The choice for a request's options; raises RequestError if they cannot be met.
@@ -237,7 +227,7 @@ class Rules:
             choice = replace(choice, guarantee=None)
         if options.thresholds is None:
             return choice
-        rule = replace(choice.rule, thresholds=self._thresholds_of(options.thresholds))
+        rule = replace(choice.rule, kind=self._labels_above(options.thresholds))
         if choice.set_by in CALIBRATED:
             raise RequestError(
                 f"thresholds: cannot be combined with this server's {choice.set_by}, which was calibrated with the "
@@ -260,14 +250,17 @@ class Rules:
             )
         return self._at_tau(0.0, self._signal, "default" if options.tau is None else "tau")
 
-    def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
-        """A request's thresholds, one for all labels or by label; raises RequestError if the model cannot use them."""
+    def _labels_above(self, wanted: float | Mapping[str, float]) -> Labels:
+        """The kind with a request's thresholds, one for all labels or by label.
+
+        Raises RequestError if the model cannot use them.
+        """
         labels, thresholds = self._manifest.labels, self._manifest.thresholds
         if thresholds is None:
-            why = one_answer(self._manifest)
-            raise RequestError(f"thresholds: {self.name} is not a multi-label model: {why}", "thresholds")
+            message = f"thresholds: {self.name} is not a multi-label model: {self._kind.why}"
+            raise RequestError(message, "thresholds")
         if not isinstance(wanted, Mapping):
-            return Thresholds.of([wanted] * len(labels))
+            return Labels.of([wanted] * len(labels))
         own = dict(zip(labels, thresholds, strict=True))
         unknown = next((name for name in wanted if name not in own), None)
         if unknown is not None:
@@ -276,7 +269,7 @@ class Rules:
                 f"thresholds: {self.name} has no label {unknown[:100]!r}; available: {there_are}",
                 "thresholds",
             )
-        return Thresholds.of(list({**own, **wanted}.values()))
+        return Labels.of(list({**own, **wanted}.values()))
 
     def _by_options(self, options: ExitOptions, level: int, tenant: str) -> Choice:
         signal = self._signal_of(options)

@@ -74,7 +74,7 @@ class _Texts:
         self.truncated += outcome.truncated
         self.far += outcome.is_far
         reading = outcome.reading
-        if reading.value is None and reading.unsure is None:
+        if reading.entropy is not None:
             self.entropy.add(reading.entropy)
         if reading.distance_ratio is not None:
             self.ratio.add(reading.distance_ratio)
@@ -118,8 +118,7 @@ class TextMetrics(Collector):
 
     def count_spans(self, job: Job) -> None:
         """Count the spans of an answered job's texts, which are made here, once for the answer, too."""
-        readings = (outcome.reading.tokens for outcome in job.outcomes())
-        found = Counter(span.label for tokens in readings if tokens is not None for span in tokens.spans)
+        found = Counter(span.label for outcome in job.outcomes() for span in outcome.reading.spans)
         with self._lock:
             texts = self._texts.get(job.model.full_name)
             if texts is None:

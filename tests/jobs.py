@@ -7,7 +7,7 @@ from typing import Any
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
 from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Text
+from de3.server.engine.request import Request, Sender, Text
 from de3.server.learn.job import Job as FitJob
 from de3.server.options import ExitOptions
 from de3.server.rules import Choice
@@ -35,6 +35,7 @@ def job(
     budget_s: float | None = None,
     best_effort: bool = False,
     client: str = "",
+    windows: int = 1,
     submitted: float | None = None,
     is_shadow: bool = False,
     rule: ExitRule | None = None,
@@ -59,10 +60,10 @@ def job(
     served: Any = SimpleNamespace(
         model=model, timing=timing, monitor=monitor, group_s=lambda _: 0.0 if group_s is None else group_s
     )
-    request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort), client=client)
+    request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort), windows=windows)
     choice = Choice(rule or ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
     new = {} if submitted is None else {"submitted": submitted}
-    return Job(served, choice, request, lambda _: None, is_shadow, fellows, **new)
+    return Job(served, choice, request, lambda _: None, is_shadow, fellows, sender=Sender(client), **new)
 
 
 def fit_job(**fields: Any) -> FitJob:

@@ -19,10 +19,13 @@ import httpx
 import numpy as np
 import pytest
 
+from de3.exits.criteria import Failures, criteria_of
 from de3.exits.guarantee import Guarantee
+from de3.exits.kinds import Spans
 from de3.exits.reading import Reading, read
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
+from de3.exits.spans import SpanRule
 from de3.export import recalibrate, records
 from de3.model_store.fitted import FittedTexts, pieces_of
 from de3.model_store.model import Model
@@ -35,10 +38,11 @@ from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import MIN_AUDITS, Ledger
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import StateDir, restore, state_of
-from de3.server.audit.tenant import MAX_RESETS, Settled, Tenant
+from de3.server.audit.tenant import MAX_RESETS, Bounded, Settled, Tenant
 from de3.server.engine import audit as audit_engine
 from de3.server.engine.audit import OVERDUE_SHARE, Audit, AuditThreads, run_audits
 from de3.server.engine.queue import WorkQueue
+from de3.server.engine.request import Sender
 from de3.server.errors import RequestError
 from de3.server.learn.record import Record
 from de3.server.rules import InForce, Rules, Standing
@@ -455,8 +459,8 @@ def served_ledger(coordinator: Coordinator, served: Any) -> Ledger:
 
 
 # Scores and disagreement at the exits of the model that `made` stands for.
-ALIKE: tuple[list[float | None], list[bool]] = ([0.0, None, None, None], [False] * 4)
-UNLIKE: tuple[list[float | None], list[bool]] = ([0.0, None, None, None], [True, False, False, False])
+ALIKE: tuple[list[float | None], list[Failures]] = ([0.0, None, None, None], [[False] * 4])
+UNLIKE: tuple[list[float | None], list[Failures]] = ([0.0, None, None, None], [[True, False, False, False]])
 
 
 def settled_in(ledger: Ledger, share: float = 1.0, tenant: str = "", may_rise: bool = True) -> Settled:
@@ -619,10 +623,11 @@ def test_tau_is_the_lower_one_that_the_two_guarantees_of_a_token_classifier_allo
     differs: bool, missed: list[bool] | None, indices: tuple[int, int, int]
 ) -> None:
     taus = np.array([0.0, 0.1, 0.2])
-    rates = Guarantee(0.1, taus), Guarantee(0.1, taus)
-    tenant, one = Tenant(taus, rates[0], 0, rates[1], has_spans=True), Settled("", 0, 1.0, may_rise=True)
+    rates, kind = [Guarantee(0.1, taus), Guarantee(0.1, taus)], Spans(SpanRule(("O", "X")))
+    criteria = [Bounded(each, taus, rate) for each, rate in zip(criteria_of(kind), rates, strict=True)]
+    tenant, one = Tenant(taus, criteria, 0), Settled("", 0, 1.0, may_rise=True)
     for key in range(400):
-        one.add(key, [0.15, None], [differs, False], False, [missed])
+        one.add(key, [0.15, None], [[differs, False], missed], False)
     tenant.count(one, [1, 2], 1000)
     assert (*(one.index for one in rates), tenant.index) == indices
     tenant.reset(1)
@@ -652,7 +657,7 @@ def test_what_is_measured_is_the_tenant_that_speaks_most_against_its_guarantee(s
     count_all(ledger, range(50), UNLIKE, tenant="small", may_rise=False)
     for name, keys in (("large", range(3000)), ("small", range(50, 200))):
         count_all(ledger, keys, tenant=name, may_rise=False)
-        ledger.tenants[name].guarantee.index = 1  # type: ignore[union-attr]
+        ledger.tenants[name].strictest.index = 1  # type: ignore[union-attr]
     measured = ledger.measured(ledger.rules.default)
     assert measured is not None and measured[0] == 0.25 and measured[1] > 0.1
 
@@ -670,7 +675,7 @@ def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
 
 def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> None:
     """Half of the texts exit at layer 0 above τ = 0; the others above τ = 0.9, with another answer."""
-    hard: tuple[list[float | None], list[bool]] = ([0.9, None, None, None], [True, False, False, False])
+    hard: tuple[list[float | None], list[Failures]] = ([0.9, None, None, None], [[True, False, False, False]])
     for guaranteed in ({}, {"guarantee": 0.3}):
         found, served = [], made(store)
         served.rules = Rules(served.model.manifest, Settings(**guaranteed or {"tau": TAU}))
@@ -697,7 +702,7 @@ def test_many_tenants_share_the_room_for_hashes(store: Path, monkeypatch: pytest
             for name in map(str, range(10)):
                 count_all(ledger, [key], tenant=name, may_rise=False)
         for tenant in ledger.tenants.values():
-            assert tenant.guarantee is not None and tenant.guarantee.evidence.audits == counted
+            assert tenant.strictest is not None and tenant.strictest.evidence.audits == counted
     assert tenant.evidence.audits == 44  # the report has all of them, but bets on the distinct ones only
     for row in report(ledger, Live(1.0, 0, {}), ledger.rules.default)["taus"]:
         assert row["e_value"] == pytest.approx(np.mean([(1 + 0.2 * c) ** 42 for c in (0.25, 0.5, 0.75)]))
@@ -753,8 +758,10 @@ class Answering:
             self.texts.add(item.text)
             items.append(item)
         choice = SimpleNamespace(rule=ExitRule(tau, Entropy()))
-        request = SimpleNamespace(tenant=tenant, is_private=False)
-        return SimpleNamespace(client="one", items=items, choice=choice, request=request, options=NO_OPTIONS)
+        request, sender = SimpleNamespace(is_private=False), Sender(tenant=tenant)
+        return SimpleNamespace(
+            client="one", items=items, choice=choice, request=request, options=NO_OPTIONS, sender=sender
+        )
 
     def answer(
         self,
@@ -870,7 +877,7 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
     one.run_audit(0, is_dropped=True)
     assert sum(each.skipped for each in one.settled) == 0  # nor later texts, which were not drawn
     (worst,) = [each for each in one.settled if each.scores]
-    assert (worst.scores, worst.differs) == ([[None, None, 0.0, None]], [[False, False, True, False]])
+    assert (worst.scores, worst.failures) == ([[None, None, 0.0, None]], [[[False, False, True, False]]])
     assert worst.served == 1
     assert one.auditor.pending == 0 and one.auditor.audits == one.auditor.disagreements == 1
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from de3.data.examples import Example, load_examples, save_examples
+from de3.exits.kinds import CLASSES, Labels, TextKind
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy, Risk
@@ -225,14 +226,14 @@ def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, monkeypatch: p
     assert "plot: skipped (" in (skipped := de3(arguments)) and "-m pip install matplotlib" in skipped
 
 
-@pytest.mark.parametrize("kind", [{}, {"thresholds": np.zeros(2)}])
-def test_evaluate_says_how_exits_change_the_top_probability(kind: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [CLASSES, Labels.of([0.5, 0.5])])
+def test_evaluate_says_how_exits_change_the_top_probability(kind: TextKind) -> None:
     top = np.array([[0.95, 0.85], [0.97, 0.99]])  # two texts at two exits
     logit = np.log(top / (1 - top))
-    other = np.full_like(logit, -9) if "thresholds" in kind else np.zeros_like(logit)
+    other = np.full_like(logit, -9) if isinstance(kind, Labels) else np.zeros_like(logit)
     logits = np.stack([other, logit], -1).astype(np.float32)
-    labels = np.array([[False, True]] * 2) if "thresholds" in kind else np.ones(2)
-    found = Recorded([0, 1], logits, np.full_like(logits, np.nan), labels, np.array([5, 9]), **kind)
+    labels = np.array([[False, True]] * 2) if isinstance(kind, Labels) else np.ones(2)
+    found = Recorded([0, 1], logits, np.full_like(logits, np.nan), labels, np.array([5, 9]), kind=kind)
     times = Times(np.ones(2), np.ones((2, 2)))
     *_, line = default_line(found, 1.0, Risk(((0.0,) * 5, None)), times).split("\n")
     assert "by 0.0600 on average; for 50.00% of texts, only one of the two is at least 0.9" in line

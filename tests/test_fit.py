@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from de3.exits.kinds import kind_of_text
 from de3.export import fit
 from de3.export.fit import Exits
 from de3.export.training_set import Target, TrainingSet
@@ -18,10 +19,9 @@ def texts_of(kind: str, count: int, width: int = 12, noise: float = 1.0) -> Trai
     rng, labels = np.random.default_rng(count), 1 if kind == "values" else 3
     states = (rng.normal(size=(count, 1, width)) * rng.uniform(0.5, 3, width) + 1).astype(np.float16)
     logits = states[:, 0, :labels] * 2 - 1 + noise * rng.normal(size=(count, labels))
-    thresholds = np.array([0.0, 0.5, -0.5]) if kind == "labels" else None
-    tolerance = 0.5 if kind == "values" else None
+    thresholds = [0.5, 0.6, 0.4] if kind == "labels" else None
     return TrainingSet(
-        Target(logits.astype(np.float32), thresholds, tolerance),
+        Target(logits.astype(np.float32), kind_of_text(thresholds, 0.5 if kind == "values" else None)),
         np.arange(count),
         lambda _, layer: states[:, layer],
     )

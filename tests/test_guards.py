@@ -1,6 +1,7 @@
 """APIs for guardrails with classifiers, and windows with a flag; their clients are in test_span_doors.py."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from de3.exits.reading import Reading
-from de3.exits.windows import Combination, Flag
+from de3.exits.kinds import CLASSES, Labels
+from de3.exits.reading import ClassReading
+from de3.exits.windows import Flag, Span, combination
 from de3.model_store.store import Store
 from de3.server.engine.request import Text
 from de3.server.errors import RequestError
@@ -122,9 +124,9 @@ def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str | None) -
     request = ContentsRequest([Text("a")])
     if safe is None:  # a guess might let everything pass
         with pytest.raises(RequestError, match="the names of m:1's labels do not show which mean safe"):
-            request.check(manifest)
+            request.for_model(manifest)
         return
-    request.check(manifest)
+    request = request.for_model(manifest)
     assert request.safe == {safe} and request.flag == ([x for x in manifest.labels if x != safe], None)
     manifest.thresholds = [0.5] * len(manifest.labels)
     assert safe_labels(manifest) == set()
@@ -133,22 +135,22 @@ def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str | None) -
 def test_labels_that_are_not_safe_count_together_and_unread_windows_are_an_error() -> None:
     """Neither of two attacks is the most probable, but one of them is certain."""
     labels = ["BENIGN", "INJECTION", "JAILBREAK"]
-    reading = Reading(1, [0.0] * 3, [0.02, 0.49, 0.49], 1, *NO_SIGNALS)
+    reading = ClassReading(1, [0.0] * 3, [0.02, 0.49, 0.49], 1, *NO_SIGNALS)
     request = ContentsRequest([Text("a")], safe=frozenset(["BENIGN"]))
     one: Any = SimpleNamespace(reading=reading, reason="last_layer", windows=(), num_windows=1)
     assert request.found(one, labels) == [("INJECTION", pytest.approx(0.98))]
-    request.threshold = 0.4
+    request = replace(request, threshold=0.4)
     assert request.found(one, labels) == [("INJECTION", 0.49), ("JAILBREAK", 0.49)]
-    request.threshold = 0.99
+    request = replace(request, threshold=0.99)
     assert request.found(one, labels) == []
     unread: Any = SimpleNamespace(reading=reading, reason="deadline", windows=[None] * 2, num_windows=3)
     with pytest.raises(RequestError, match=r"latency_budget_ms: only 2 of a text's 3 windows"):
         request.found(unread, labels)
-    request.threshold = 0.4  # found before the deadline
+    request = replace(request, threshold=0.4)  # found before the deadline
     assert len(request.found(unread, labels)) == 2
-    windows = Combination([1, 1, 1], None, Flag([1, 2], 0.5))
+    windows = combination(CLASSES, [Span(i, i + 1, 1) for i in range(3)], Flag([1, 2], 0.5))
     for probs_of in ([0.9, 0.1, 0.0], [0.2, 0.4, 0.4], [0.5, 0.5, 0.0]):
-        windows.add(Reading(1, [0.0] * 3, probs_of, 0, *NO_SIGNALS))
+        windows.add(ClassReading(1, [0.0] * 3, probs_of, 0, *NO_SIGNALS))
     assert windows.decisive == 1
 
 
@@ -175,10 +177,12 @@ def test_litellms_guardrail_blocks(server: Server) -> None:
 
 def test_a_response_of_detectors_has_a_limit(store: Path) -> None:
     manifest, half = Store(store).open("tiny").manifest, "a" * (MAX_CHARS // 2)
-    ContentsRequest([Text(half)]).check(manifest)
+    ContentsRequest([Text(half)]).for_model(manifest)
     with pytest.raises(RequestError, match="give a higher threshold or shorter texts"):
-        ContentsRequest([Text(half), Text("a")]).check(manifest)  # both labels can have a probability of 0.5
-    ContentsRequest([Text(half)] * 2, threshold=0.51).check(manifest)
+        ContentsRequest([Text(half), Text("a")]).for_model(
+            manifest
+        )  # both labels can have a probability of 0.5
+    ContentsRequest([Text(half)] * 2, threshold=0.51).for_model(manifest)
 
 
 def test_moderation_by_two_classes_under_openais_name(server: Server) -> None:
@@ -239,13 +243,15 @@ SHARES = st.sampled_from([0.01, 0.25, 0.5, 0.75, 0.99])
 @given(st.lists(SHARES, min_size=1, max_size=16), SHARES, st.booleans())
 def test_a_flag_is_settled_by_the_first_window(found: list[float], at: float, has_labels: bool) -> None:
     flag, readings = Flag([1], at), []
-    combination = Combination([1] * len(found), [0.0, 0.0] if has_labels else None, flag)
+    kind: Any = Labels.of([0.5, 0.5]) if has_labels else CLASSES
+    combined = combination(kind, [Span(i, i + 1, 1) for i in range(len(found))], flag)
     for p in found:
-        readings.append(Reading(3, [0.0, p], [1 - p, p], int(p > 0.5), *NO_SIGNALS))
-        combination.add(readings[-1])
-        if combination.is_settled(0.75):
+        readings.append(kind.read(3, [0.0, 0.0], None))
+        readings[-1].probs = [1 - p, p]
+        combined.add(readings[-1])
+        if combined.is_settled(0.75):
             break
     ran = found[: len(readings)]
     assert len(ran) == next((i for i, p in enumerate(found, 1) if p >= at), len(found))
-    assert combination.decisive == ran.index(max(ran))
-    assert combination.reading(readings[-1]).probs[1] == max(ran)
+    assert combined.decisive == ran.index(max(ran))
+    assert combined.reading(readings[-1]).probs[1] == max(ran)

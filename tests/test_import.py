@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from de3.data.examples import to_examples
 from de3.data.tables import Columns, read_rows
+from de3.exits.kinds import CLASSES
 from de3.export import importing, states
 from de3.export.cache import artifact_of
 from de3.export.full_depth import export_full_depth
@@ -109,7 +110,7 @@ def test_the_states_to_which_exits_are_fitted(
         return states.compute(model, texts, tmp_path / "states", "some")
 
     first = computed(model, texts)
-    ours = TrainingSet(Target(first.logits, None, None), np.arange(len(texts)), first.states)
+    ours = TrainingSet(Target(first.logits, CLASSES), np.arange(len(texts)), first.states)
     for i, text in enumerate(texts):
         with torch.no_grad():
             inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=64)

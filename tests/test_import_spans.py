@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from de3.exits import bound, calibration
 from de3.exits.calibration import Samples
+from de3.exits.kinds import Spans
 from de3.exits.recorded import RecordedSpans
 from de3.exits.signals import Risk
+from de3.exits.spans import SpanRule
 from de3.export.cache import artifact_of
 from de3.model_store.store import Store
 from tests.commands import de3, refusal
@@ -41,24 +43,25 @@ def recorded(rows: list[list[frozenset[Any]]], original: list[frozenset[Any]] | 
         original=before if original is not None else None,
         unsure=unsure,
         spans=spans,
+        kind=Spans(SpanRule(("O",))),
     )
 
 
 def test_the_kinds_of_disagreement_are_any_span_and_a_missed_span() -> None:
     r = recorded([[NONE, X, X], [X, NONE, NONE], [Y, X, X], [X, X, Y], [NONE, NONE, NONE]])
-    (differs, all_), (missed, found) = r.kinds
+    (differs, all_), (missed, found) = r.failures
     assert all_.tolist() == [0, 1, 2, 3, 4] and found.tolist() == [0, 2, 3]
     assert differs.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
     # A further span is no missed one.
     assert missed.tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 0]]
     assert (r.differs == differs).all() and not r.differs[:, -1].any()
     # Against the original, full depth may miss a span, too.
-    (differs, _), (missed, found) = recorded([[X, X, X], [NONE, X, Y]], [Y, NONE]).kinds
+    (differs, _), (missed, found) = recorded([[X, X, X], [NONE, X, Y]], [Y, NONE]).failures
     assert differs.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert found.tolist() == [0] and missed.tolist() == [[1, 1, 1]]
     # Without a span at full depth, nothing can be missed.
     r = recorded([[X, NONE, NONE], [NONE, NONE, NONE]])
-    assert r.kinds[1][0].shape == (0, 3)
+    assert r.failures[1][0].shape == (0, 3)
     (row,) = calibration.trade_off(Samples.independent(r), RISK, [0.5], np.full((2, 3), 0.1))
     assert row.disagreement == 0.5
 

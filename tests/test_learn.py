@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from de3.data.examples import Example
 from de3.exits.guarantee import error_of
+from de3.exits.kinds import CLASSES
 from de3.exits.recorded import Recorded
-from de3.exits.rule import ExitRule
 from de3.export import fit
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
@@ -157,7 +157,7 @@ def pieces_with(*hashes: int) -> Pieces:
 
 def held(key: int | None, number: int = 10, client: str = "one", **fields: Any) -> HeldOut:
     """A held-out text of a fit that could read the texts up to CUT; all exits agree with full depth."""
-    fields = {"scores": [0.0, 0.0, 0.0, None], "differs": [False] * 4, "cut": CUT} | fields
+    fields = {"scores": [0.0, 0.0, 0.0, None], "failures": [[False] * 4], "cut": CUT} | fields
     return HeldOut(client, key, number, **fields)
 
 
@@ -517,12 +517,12 @@ def test_the_model_answers_as_the_fit_measured(
     for row in [row for row in fitted.evidence if row.key is not None][:50]:
         steps = model.full_depth(model.tokenize(texts[row.key]))
         labels = [int(step.logits.argmax()) for step in steps if step.logits is not None]
-        assert [label != labels[-1] for label in labels] == row.differs
-        rule, passed = ExitRule(0.0, signal), []
+        assert [[label != labels[-1] for label in labels]] == row.failures
+        passed = list[Any]()
         for layer, step in enumerate(steps):
             assert step.logits is not None
             distances = None if step.distances is None else step.distances.tolist()
-            passed.append(rule.read(layer, step.logits.tolist(), distances))
+            passed.append(CLASSES.read(layer, step.logits.tolist(), distances))
             score = signal.score(passed)
             if score is not None and row.scores[layer] is not None:
                 worst.append(abs(score - row.scores[layer]))
@@ -608,7 +608,7 @@ def test_a_published_version_is_tested_on_newer_records_as_at_its_fit(
     at_fit = {row.number: row for row in fitted.evidence}
     for row in found:
         before = at_fit[row.number]
-        assert (row.client, row.key, row.differs) == (before.client, before.key, before.differs)
+        assert (row.client, row.key, row.failures) == (before.client, before.key, before.failures)
         scores = (np.array(one.scores, float) for one in (row, before))
         np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-6)
     assert learning.test(learned[0], some, 399) == Found()
@@ -916,7 +916,7 @@ def test_texts_from_before_a_change_while_a_version_is_loaded_prove_nothing(
     def count(name: str, differs: bool) -> None:
         texts = Settled(name, current.tenant(name).epoch, 1.0, may_rise=True)
         for key in range(400):
-            texts.add(key, [0.0, 0.0, 0.0, None], [differs] * 3 + [False], differs)
+            texts.add(key, [0.0, 0.0, 0.0, None], [[differs] * 3 + [False]], differs)
         current.count([texts])
 
     count("one", False)
@@ -1005,10 +1005,10 @@ class Learning:
             self.job, learner = job, self.learners.of("base")
             saved = self.folder.journal("base", learner.base)  # no attempt may be used twice after a crash
             assert saved.attempts == job.attempt
-            row = held(1, scores=[0.5, None], differs=[True, False])
+            row = held(1, scores=[0.5, None], failures=[[True, False]])
             if job.after is not None:
                 newer = [replace(row, key=key) for key in (None, 7, 8)]
-                return Found(evidence=[*newer, replace(newer[0], differs=[False, False])])
+                return Found(evidence=[*newer, replace(newer[0], failures=[[False, False]])])
             during()
             path = job.store / "base" / str(job.version)
             shutil.copytree(self.base.path, path)
@@ -1057,7 +1057,7 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert (result.outcome, result.version, result.attempt) == ("served", FIRST, 1)
     change = {"what": "load", "name": "base", "version": FIRST, "role": "current", "share": 0.0}
     assert one.around.changes == [change]
-    rows = [held(1, scores=[0.5, None], differs=[True, False])]
+    rows = [held(1, scores=[0.5, None], failures=[[True, False]])]
     assert one.around.prepared == {f"base:{FIRST}": (rows, "base:1")}
     assert one.learners.fits == {("base", "served"): 1}
     path = one.folder.records_path("base", base_of(base.manifest))

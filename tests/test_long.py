@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3.exits.reading import Reading, read, read_labels, read_value
+from de3.exits.kinds import CLASSES, Kind, Labels, Value
+from de3.exits.reading import ClassReading, ValueReading, read
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
 from de3.exits.windows import (
@@ -19,7 +20,9 @@ from de3.exits.windows import (
     MAX_WINDOWS,
     OVERLAP,
     Combination,
+    Span,
     capacity,
+    combination,
     most_windows,
     spans,
 )
@@ -64,8 +67,13 @@ def test_windows_cover_a_text_and_overlap(tokens: int, room: int) -> None:
     assert len(found) == 1 or capacity(room, len(found) - 1) < tokens
 
 
-def reading(logits: list[float]) -> Reading:
+def reading(logits: list[float]) -> ClassReading:
     return read(3, logits, None)
+
+
+def combined(*new: int, kind: Kind = CLASSES) -> Combination:
+    """The combination of windows with these numbers of new tokens."""
+    return combination(kind, [Span(0, n, n) for n in new])
 
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4)
@@ -81,52 +89,52 @@ def test_windows_have_one_answer_which_is_final_once_it_is_settled(
     kind: str, rows: list[tuple[int, list[float]]], limits: list[float], sure_of: int | None
 ) -> None:
     """sure_of: once the label is settled, all remaining windows are confident in this one."""
-    thresholds = limits if kind == "labels" else None
-    combination = Combination([weight for weight, _ in rows], thresholds)
-    ran, final = list[tuple[int, Reading]](), None
+    of = Labels(tuple(limits), np.array(limits).tobytes()) if kind == "labels" else CLASSES
+    windows = combined(*(weight for weight, _ in rows), kind=Value(0.5) if kind == "value" else of)
+    ran, final = list[tuple[int, Any]](), None
     for weight, logits in rows:
         if final is not None and sure_of is not None:
             logits = [900.0 if k == sure_of else 0.0 for k in range(4)]  # noqa: PLW2901
-        one = reading(logits) if kind == "classes" else read_labels(3, logits, limits)
-        one = read_value(3, logits[:1]) if kind == "value" else one
+        one: Any = ValueReading(3, logits[0]) if kind == "value" else of.read(3, logits, None)
         ran.append((weight, one))
-        combination.add(one)
-        after, total, is_last = combination.reading(one), sum(w for w, _ in ran), len(ran) == len(rows)
+        windows.add(one)
+        after: Any = windows.reading(one)
+        total, is_last = sum(w for w, _ in ran), len(ran) == len(rows)
         if kind == "value":
             assert after.value == pytest.approx(sum(w * x.value for w, x in ran) / total)
-            assert combination.is_settled(0.5) == is_last
+            assert windows.is_settled(0.5) == is_last
             continue
         columns = list(zip(*(x.probs for _, x in ran), strict=True))
         if kind == "labels":  # a label is assigned if any window assigns it
-            assert set(after.labels or []) == {k for _, x in ran for k in x.labels or []}
+            assert set(after.labels) == {k for _, x in ran for k in x.labels}
             assert after.probs == [max(column) for column in columns]
             assert after.label == max(range(4), key=after.logits.__getitem__)
-            assert combination.is_settled() == (is_last or after.labels == [0, 1, 2, 3])
+            assert windows.is_settled() == (is_last or after.labels == [0, 1, 2, 3])
         else:
             means = [sum(w * p for (w, _), p in zip(ran, column, strict=True)) / total for column in columns]
             assert after.probs == pytest.approx(means) == reading(after.logits).probs
-            assert combination.is_settled(0.5) or not combination.is_settled()
+            assert windows.is_settled(0.5) or not windows.is_settled()
         answer = after.labels if kind == "labels" else after.label
         assert final in (None, answer)
-        final = answer if combination.is_settled() else None
+        final = answer if windows.is_settled() else None
         assert final is not None or not is_last
 
 
 def test_a_label_is_settled_as_soon_as_the_rest_cannot_change_it() -> None:
-    combination = Combination([60, 30, 10])
-    combination.add(reading([0.0, 2.0]))  # 0.119, 0.881: leads by 60 · 0.762; 40 are left
-    assert combination.is_settled()
-    combination = Combination([50, 50])
-    combination.add(reading([0.0, 2.0]))
-    assert not combination.is_settled() and combination.is_settled(0.75)
-    combination = Combination([50, 50])
-    combination.add(sure := reading([0.0, 800.0]))  # a tie is possible, and would go to the first class
-    assert np.isfinite(combination.reading(sure).logits).all()
-    assert not combination.is_settled()
-    combination = Combination([1, 3, 1])
+    windows = combined(60, 30, 10)
+    windows.add(reading([0.0, 2.0]))  # 0.119, 0.881: leads by 60 · 0.762; 40 are left
+    assert windows.is_settled()
+    windows = combined(50, 50)
+    windows.add(reading([0.0, 2.0]))
+    assert not windows.is_settled() and windows.is_settled(0.75)
+    windows = combined(50, 50)
+    windows.add(sure := reading([0.0, 800.0]))  # a tie is possible, and would go to the first class
+    assert np.isfinite(windows.reading(sure).logits).all()
+    assert not windows.is_settled()
+    windows = combined(1, 3, 1)
     for p in (0.55, 0.65):  # ahead by 0.1 + 3·0.3 = 1, exactly what the last window can change
-        combination.add(replace(reading([1.0, 0.0]), probs=[p, 1 - p]))
-    assert not combination.is_settled()
+        windows.add(replace(reading([1.0, 0.0]), probs=[p, 1 - p]))
+    assert not windows.is_settled()
 
 
 # Tokens
@@ -213,9 +221,8 @@ class Busy:
 
 
 def item_of(model: Model, text: str, tau: float = 0.0, **options: Any) -> Item:
-    job = jobs.job([text], [1.0], model=model, **options)
+    job = jobs.job([text], [1.0], model=model, windows=MAX_WINDOWS, **options)
     job.choice = Choice(ExitRule(tau, Edr(1.0)), "tau")
-    job.request.windows = MAX_WINDOWS
     (item,) = job.items
     return item
 
@@ -253,11 +260,11 @@ def test_a_deadline_keeps_the_windows_that_ran(model: Model) -> None:
             found = found or engine.run(item, Busy(True))
         item.ends = 0.0
         (one,) = found or run(item, Busy(False))
-        combination = Combination([span.new for span in spans(200, ROOM)])
+        windows = combination(CLASSES, spans(200, ROOM))
         for window in one.windows:
-            combination.add(window.passed[-1])
-        assert one.reading.probs == combination.reading(one.reading).probs
-        assert one.reason == "deadline" or combination.is_settled()
+            windows.add(window.passed[-1])
+        assert one.probs == windows.reading(one.reading).probs  # type: ignore[union-attr]
+        assert one.reason == "deadline" or windows.is_settled()
         assert [w.layer for w in one.windows[:-1]] == [3] * (len(one.windows) - 1)
         assert one.tokens >= sum(w.tokens for w in one.windows)
         depths.append(sum(1 + w.layer for w in one.windows))
@@ -288,12 +295,12 @@ def test_a_long_text_is_answered_by_its_windows(server: Server, tau: float) -> N
     exits = [[x for x in row["layers"] if x["window"] == n] for n in range(windows["run"])]
     assert [x for one in exits for x in one] == row["layers"]
     assert windows["layers"] == [one[-1]["layer"] for one in exits]
-    combination = Combination([span.new for span in spans_])
+    together = combination(CLASSES, spans_)
     for ran, (*_, left) in enumerate(exits, 1):
-        combination.add(one := replace(reading([0.0, 0.0]), probs=left["probs"]))
-        assert combination.is_settled(EXPECTED_CHANGE if tau else 1.0) == (ran == windows["run"])
+        together.add(one := replace(reading([0.0, 0.0]), probs=left["probs"]))
+        assert together.is_settled(EXPECTED_CHANGE if tau else 1.0) == (ran == windows["run"])
     assert windows["of"] == len(spans_) == 3 and (tau or set(windows["layers"]) == {3})
-    assert row["probs"] == pytest.approx(combination.reading(one).probs, abs=1.1e-6)  # of rounded ones
+    assert row["probs"] == pytest.approx(together.reading(one).probs, abs=1.1e-6)  # of rounded ones
     tokens = sum(s.end - s.start + 2 for s in spans_[: windows["run"]])
     assert answer["usage"]["prompt_tokens"] == tokens + 5 + 3
     layers = [one["exit"]["layer"] for one in (short, last)] + windows["layers"]

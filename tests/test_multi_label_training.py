@@ -10,12 +10,14 @@ import torch
 
 from de3.data import tables
 from de3.data.examples import Example, label_order, load_examples, save_examples, to_examples
+from de3.exits.kinds import Labels
 from de3.exits.recorded import Recorded
 from de3.model_store.store import Store
 from de3.training import checks
 from de3.training import loss as losses
 from de3.training.checkpoint import Checkpoint
-from de3.training.evaluate import exit_scores, f1, weaknesses
+from de3.training.evaluate import exit_scores, weaknesses
+from de3.training.measures import f1
 from de3.training.model import De3Model
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
@@ -155,7 +157,7 @@ def test_every_exit_starts_at_the_frequencies_of_the_labels(encoder: Path) -> No
 def recorded(logits: list[list[float]], labels: list[list[bool]]) -> Recorded:
     outputs = np.array(logits, np.float32)[:, None]
     arrays = (outputs, np.full_like(outputs, np.nan), np.array(labels))
-    return Recorded([3], *arrays, thresholds=np.zeros(outputs.shape[-1]))
+    return Recorded([3], *arrays, kind=Labels.of([0.5] * outputs.shape[-1]))
 
 
 def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_assigned_are_named() -> None:
@@ -163,7 +165,9 @@ def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_assigned_are_named
         [[1, -1, -1], [1, -1, -1], [-1, 1, -1]], [[True, False, False], [False, True, False], [False] * 3]
     )
     name, values = exit_scores(some)
-    assert (name, values.tolist()) == ("micro_f1", [2 * 1 / (3 + 2)]) and f1(some)[0] == values
+    assert (name, values.tolist()) == ("micro_f1", [2 * 1 / (3 + 2)]) and f1(some.answers, some.labels)[
+        0
+    ] == values
     assert weaknesses(some, NAMES) == []
     silent = recorded([[-1, 1, -1], [-1, 1, -1]], [[True, True, False], [False, True, False]])
     (warning,) = weaknesses(silent, NAMES)

@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto
 
+from de3.exits.kinds import CLASSES, Classes, Kind, Labels, Value
 from de3.exits.reading import Reading
-from de3.exits.rule import ExitRule, Thresholds
+from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr, Entropy, Risk, Signal
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.encoder import Encoders
@@ -397,10 +398,10 @@ def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
         risk = st.tuples(*[weights] * layers[-1], st.none()).map(Risk)
         others = {"classes": [Entropy(), Edr(0.5), Edr(4.0)], "labels": [Entropy()], "value": []}[kind]
         limits = [draw(st.floats(0.1, 0.9)) for _ in range(labels)]
-        thresholds = Thresholds.of(limits) if kind == "labels" else None
+        of: Kind = {"labels": Labels.of(limits), "value": Value(0.5)}.get(kind, CLASSES)
         tau = draw(st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.97, 1.0]))
         signal = draw(risk | st.sampled_from(others) if others else risk)
-        fields: dict[str, Any] = {"rule": ExitRule(tau, signal, thresholds=thresholds)}
+        fields: dict[str, Any] = {"rule": ExitRule(tau, signal, kind=of)}
         fields |= {"deepest": draw(st.sampled_from(layers[::-1])), "ask_all": draw(st.booleans())}
         if draw(st.booleans()):  # the distances are about 1
             far = [draw(st.just(0.0) | st.floats(0.7, 1.1)) for _ in range(layers[-1] + 1)]
@@ -409,11 +410,15 @@ def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
     return decisions
 
 
+def without(reading: Any, *names: str) -> Any:
+    return replace(reading, **{name: [] for name in names if name in reading.__dataclass_fields__})
+
+
 def readings_of(one: Decision) -> list[Reading]:
     """The readings as the kernels give them: only the last is whole, unless all exits were asked for."""
     *others, last = one.readings
     if not one.ask_all:
-        others = [replace(r, logits=[], probs=[], labels=None, value=None) for r in others]
+        others = [without(r, "logits", "probs", "labels") for r in others]
     return [*others, last]
 
 
@@ -504,13 +509,13 @@ def test_the_decision_is_that_of_the_exit_rule(
     weight = st.floats(-1e6, 1e6) | st.floats(-5, 5)
     weights = st.tuples(*[weight] * 4, st.just(0.0) | weight)
     signals = st.tuples(weights, weights, st.none() | weights).map(Risk) | st.just(Entropy())
-    thresholds = None
+    of: Classes | Labels = CLASSES
 
     def values(low: float, high: float) -> list[float]:
         return data.draw(st.lists(st.floats(low, high, width=32), min_size=classes, max_size=classes))
 
     if kind == "labels":
-        thresholds, has_distances = Thresholds.of(np.clip(values(0, 1), 1e-3, 0.999).tolist()), False
+        of, has_distances = Labels.of(np.clip(values(0, 1), 1e-3, 0.999).tolist()), False
     else:
         signals |= st.sampled_from([Edr(0.5), Edr(1.0), Edr(30.0)])
     signal: Signal = data.draw(signals, "signal")
@@ -521,10 +526,10 @@ def test_the_decision_is_that_of_the_exit_rule(
     ]
     if data.draw(st.integers(0, 9)) == 0:
         passed[-1][0][data.draw(st.integers(0, classes - 1))] = math.nan
-    rule = ExitRule(0.5, signal, thresholds=thresholds)
-    expected = signal.score([rule.read(layer, *exit_) for layer, exit_ in enumerate(passed)])
+    rule = ExitRule(0.5, signal, kind=of)
+    expected = signal.score([of.read(layer, *exit_) for layer, exit_ in enumerate(passed)])
     buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
-    table = None if thresholds is None else thresholds.table
+    table = of.table if isinstance(of, Labels) else None
     score = kernels.score(buffers, signal.code, signal.lam or 0.0, signal.table, table)
     taus = [0.0, 1.0, data.draw(st.floats(0, 1))]
     if expected is None or math.isnan(expected):

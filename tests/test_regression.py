@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from de3.client import Client
 from de3.data.examples import Example, load_examples, save_examples
 from de3.exits import formulas
+from de3.exits.kinds import Value
 from de3.exits.reading import sigmoid
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
@@ -24,7 +25,7 @@ from de3.exits.signals import Risk
 from de3.loadtest.client import label_of
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.store import Store, StoreError
-from de3.training.evaluate import correlation
+from de3.training.measures import correlation
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, GOOD, make_rows, save_encoder
 from tests.serving import Server, serving, until
@@ -162,16 +163,16 @@ def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: P
 )
 def test_the_decision_on_a_value_is_the_exit_rules(kernels: Any, values: list[float], weights: Any) -> None:
     signal = Risk(weights)
-    rule = ExitRule(0.5, signal)
-    readings = [rule.read(layer, [x], None) for layer, x in enumerate(values)]
-    assert [r.value for r in readings] == values and math.isnan(readings[0].entropy)
+    rule = ExitRule(0.5, signal, kind=Value(0.5))
+    readings = [rule.kind.read(layer, [x], None) for layer, x in enumerate(values)]
+    assert [r.answer for r in readings] == values and readings[0].entropy is None
     buffers = [(np.float32([x]), None) for x in values]
     for count in (1, 2, 3):
         expected = signal.score(readings[:count])
         found = kernels.score(buffers[:count], signal.code, 0.0, np.array(weights[:count]).tobytes(), None)
         assert found == expected or (math.isnan(found) and math.isnan(expected or 0.0))
     logits, distances = np.float32([values])[..., None], np.full((1, 3, 1), np.nan, np.float32)
-    recorded = Recorded([0, 1, 2], logits, distances, np.zeros(1), tolerance=0.5)
+    recorded = Recorded([0, 1, 2], logits, distances, np.zeros(1), kind=Value(0.5))
     assert (recorded.risk_features[0] == formulas.value_features(values)).all()
     scores = signal.scores(recorded)[0]
     assert scores == pytest.approx([signal.score([reading]) for reading in readings], abs=1e-6)
@@ -256,5 +257,5 @@ def test_an_unsound_manifest_is_refused(imported: Path, tmp_path: Path) -> None:
 
 def test_a_recorded_value_that_is_not_a_number_is_wrong() -> None:
     values = np.array([[[np.nan], [1.0]]], np.float32)
-    recorded = Recorded([1, 2], values, np.full_like(values, np.nan), np.array([1.0]), tolerance=0.5)
+    recorded = Recorded([1, 2], values, np.full_like(values, np.nan), np.array([1.0]), kind=Value(0.5))
     assert recorded.correct.tolist() == [[False, True]] and recorded.differs.tolist() == [[True, False]]

@@ -158,9 +158,9 @@ def test_a_model_of_single_texts_does_not_rerank(server: Server) -> None:
     manifest = server.service.models.get("ranker").model.manifest
     request = RerankRequest([Text(QUERY, document) for document in DOCUMENTS])
     for takes in ("pair", None):
-        request.check(manifest.model_copy(update={"input": takes}))
+        request.for_model(manifest.model_copy(update={"input": takes}))
     with pytest.raises(RequestError, match="takes single texts"):
-        request.check(manifest.model_copy(update={"input": "text"}))
+        request.for_model(manifest.model_copy(update={"input": "text"}))
     longest = "a" * (MAX_QUERY_CHARS // 4)
     assert pairs(longest, "abcd") == [Text(longest, document) for document in "abcd"]
     with pytest.raises(RequestError, match="query"):

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from de3.exits import formulas
-from de3.exits.reading import Answer, differs, read
+from de3.exits.kinds import CLASSES, Value, differs
+from de3.exits.reading import Answer, read
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr, Entropy, ModelTraits, signal_of
 
@@ -82,4 +83,5 @@ def test_lambda_may_be_as_large_as_its_limit_and_only_edr_has_one() -> None:
 def test_answers_differ_in_the_class_in_any_label_or_beyond_the_tolerance(
     one: Answer, other: Answer, tolerance: float | None, unlike: bool
 ) -> None:
-    assert differs(one, other, tolerance) == differs(other, one, tolerance) == unlike
+    kind = CLASSES if tolerance is None else Value(tolerance)
+    assert differs(kind, one, other) == differs(kind, other, one) == unlike

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from huggingface_hub import InferenceClient
 
-from de3.exits.spans import Layout, SpanRule, TokenReading
+from de3.exits.kinds import Spans
+from de3.exits.spans import Layout, SpanRule
 from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
 from de3.server.engine.request import Text
@@ -220,10 +221,11 @@ def job_of(request: Any, logits: list[list[float]], chars: list[list[int]], ran:
     """A finished job for a text, as far as protocols read it. chars: characters of each token."""
     special = np.zeros(len(logits), bool)
     layout = Layout(np.array(chars, np.int32), special, special)
-    reading = SimpleNamespace(
-        tokens=TokenReading(np.array(logits, np.float32), layout, SpanRule(("O", "B-X")))
+    kind = Spans(SpanRule(("O", "B-X")))
+    reading, rule = kind.read(0, np.array(logits, np.float32), layout), SimpleNamespace(kind=kind)
+    outcome = SimpleNamespace(
+        reading=reading, rule=rule, windows=[None] * ran, num_windows=windows, reason="deadline"
     )
-    outcome = SimpleNamespace(reading=reading, windows=[None] * ran, num_windows=windows, reason="deadline")
     model = SimpleNamespace(manifest=SimpleNamespace(is_spans=True, labels=["O", "B-X"]))
     item = SimpleNamespace(text=request.texts[0], outcome=outcome)
     return SimpleNamespace(request=request, model=model, items=[item], outcomes=lambda: [outcome])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, TokenClassificationPipeline
 
+from de3.exits.kinds import Spans
 from de3.exits.reading import read_tokens
 from de3.exits.signals import Risk
 from de3.exits.spans import (
@@ -24,7 +25,7 @@ from de3.exits.spans import (
     redacted,
     unsure_of,
 )
-from de3.exits.windows import SpanCombination
+from de3.exits.windows import combination
 from de3.model_store.tokenizer import TextTokenizer, Windows
 from tests.fixtures import TAGS, save_family_tokenizer
 
@@ -151,16 +152,14 @@ def test_parts_are_merged_before_their_scores_count_and_only_labels_that_are_ask
 
 def read_in_windows(rule: SpanRule, windows: Windows, logits: Sequence[Array]) -> list[Span]:
     """The spans of a text that is read in windows with these logits."""
-    combination = SpanCombination([(span.start, span.end) for span in windows.spans])
+    combined = combination(Spans(rule), windows.spans)
     for n, values in enumerate(logits):
-        assert not combination.is_settled()
+        assert not combined.is_settled()
         layout = windows[n].layout
         assert layout is not None
-        combination.add(reading := read_tokens(3, values, layout, rule))
-    assert combination.is_settled()
-    tokens = combination.reading(reading).tokens
-    assert tokens is not None
-    return tokens.spans
+        combined.add(reading := read_tokens(3, values, layout, rule))
+    assert combined.is_settled()
+    return list(combined.reading(reading).spans)
 
 
 @settings(max_examples=40)

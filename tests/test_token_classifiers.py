@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from de3.exits.kinds import Spans
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
 from de3.exits.spans import Aggregation, SpanRule, merged
@@ -105,9 +106,8 @@ def test_every_exit_gives_the_same_logits_on_every_runtime_and_the_last_those_of
 def test_a_finished_text_keeps_no_logits(model: Model) -> None:
     """A batch of long texts would otherwise hold gigabytes until it is answered."""
     texts = [*TEXTS[-3:], " ".join(TEXTS)]
-    rule = ExitRule(0.5, model.manifest.default_signal, spans=model.manifest.span_rule)
-    job = jobs.job(texts, [0.0] * len(texts), model=model, rule=rule)
-    job.request.windows = 16
+    rule = ExitRule(0.5, model.manifest.default_signal, kind=model.manifest.kind)
+    job = jobs.job(texts, [0.0] * len(texts), model=model, rule=rule, windows=16)
     found = [one for item in job.items for one in run(item, WorkQueue(1)) or []]
     readings = [reading for one in found for reading in (*one.passed, one.reading)]
     assert any(reading.tokens.spans for reading in readings if reading.tokens)
@@ -130,7 +130,7 @@ def test_a_finished_text_keeps_no_logits(model: Model) -> None:
 def test_a_certificate_is_of_the_models_own_spans(
     model: Model, options: SpanOptions | None, holds: bool
 ) -> None:
-    rule = ExitRule(0.1, model.manifest.default_signal, spans=model.manifest.span_rule)
+    rule = ExitRule(0.1, model.manifest.default_signal, kind=model.manifest.kind)
     choice = Choice(rule, "max_disagreement", 0.05, certificate={"bound": 0.05})
     found = with_spans(choice, Request([Text("good")], spans=options), model.manifest)
     assert (found.certificate is not None) == holds
@@ -155,7 +155,7 @@ def alone(
     model: Model, text: str, tau: float = 0.0, deepest: int = 3, aggregation: Aggregation = "simple"
 ) -> Reading:
     """The answer of the model to a short text, run alone in Python."""
-    rule = ExitRule(tau, model.manifest.default_signal, spans=SpanRule(TAGS, aggregation))
+    rule = ExitRule(tau, model.manifest.default_signal, kind=Spans(SpanRule(TAGS, aggregation)))
     tokens = model.tokenize(text)
     decision = Decision(model.exits, rule, deepest, layout=tokens.layout)
     LayerByLayer(model.encoder.layers)([ForwardPass(tokens, [decision])])
@@ -163,10 +163,9 @@ def alone(
 
 
 def spans_of(reading: Reading, text: str) -> list[dict[str, Any]]:
-    assert reading.tokens is not None
     return [
         {"start": start, "end": end, "label": label, "score": round(score, 6), "text": text[start:end]}
-        for start, end, label, score in reading.tokens.spans
+        for start, end, label, score in reading.spans
     ]
 
 

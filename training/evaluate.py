@@ -11,18 +11,20 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from de3.exits import calibration, formulas
-from de3.exits.recorded import Recorded, RecordedSpans
+from de3.exits.kinds import Classes, Labels
+from de3.exits.recorded import Recorded
 from de3.exits.reference import LEVELS
 from de3.exits.rule import exit_index
 from de3.exits.signals import Edr, Signal, signal_label
 from de3.exits.trade_offs import TradeOffs
 from de3.progress import empty_table
+from de3.training.measures import measures_of
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 HINDSIGHT = (0.01, 0.02, 0.03, 0.05)  # rates of disagreement
 SURE = 0.9  # probability at which an application might act without review
 OUTCOME_COLUMNS = ("in layers", "in time", "differ", "loss ± 95%")
-TARGET_SPEEDUPS, TARGET_DISAGREEMENTS = (3, 4, 5), (0.01, 0.02, 0.05)
+TARGET_SPEEDUPS, TARGET_DISAGREEMENTS = (2, 3, 4, 5), (0.01, 0.02, 0.05)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Curve:
 
 def curves(recorded: Recorded, lams: Sequence[float], risk: Signal | None = None) -> list[Curve]:
     """The curves of entropy, distance ratio, EDR at each λ and risk, except the signals that the model lacks."""
-    scores = {"entropy": recorded.entropy} if recorded.tolerance is None else {}
-    if len(recorded.exit_layers) > 1 and recorded.thresholds is None and recorded.tolerance is None:
+    scores = {"entropy": recorded.entropy} if isinstance(recorded.kind, Classes | Labels) else {}
+    if len(recorded.exit_layers) > 1 and isinstance(recorded.kind, Classes):
         scores["distance ratio"] = recorded.distance_ratio
         scores |= {f"EDR λ={lam:g}": Edr(lam).scores(recorded) for lam in lams}
     if risk is not None:
@@ -68,73 +70,27 @@ def _curve(name: str, scores: NDArray[np.float64], recorded: Recorded) -> Curve:
 
 
 def exit_table(recorded: Recorded, what: str = "") -> Table:
-    """The accuracy of every exit, with its 95% interval, and F1 (multi-label) or correlations (regression).
+    """The accuracy of every exit, with its 95% interval, and the further measures of the kind of answer.
 
     what: kind of samples in the title, such as "tuning ".
     """
-    multi, right_if, more_columns = recorded.thresholds is not None, "accuracy", tuple[str, ...]()
-    scores: list[tuple[NDArray[np.float64], ...]] = []
-    if multi:
-        right_if, more_columns, scores = "all labels right", ("micro F1", "macro F1"), [f1(recorded)]
-    elif recorded.tolerance is not None:
-        right_if, more_columns = f"within {recorded.tolerance:g}", ("Pearson", "Spearman")
-        scores = [correlations(recorded)]
+    measures = measures_of(recorded.kind)
+    scores = measures.of(recorded)
     title = f"Accuracy of each exit alone ({len(recorded.labels)} {what}samples)"
-    table = empty_table(("layer", right_if, "95% interval", *more_columns), title)
+    table = empty_table(("layer", measures.right_if, "95% interval", *measures.more), title)
     for j, (layer, right) in enumerate(zip(recorded.exit_layers, recorded.correct.T, strict=True)):
         low, high = calibration.wilson(int(right.sum()), len(right))
-        more = [f"{100 * score[j]:.2f}" for both in scores for score in both]
+        more = [f"{100 * score[j]:.2f}" for score in scores]
         table.add_row(str(layer), f"{100 * right.mean():.2f}", f"{100 * low:.2f} … {100 * high:.2f}", *more)
     return table
 
 
-def f1(
-    recorded: Recorded, answers: NDArray[np.bool_] | None = None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label without hits has an F1 of 0.
-
-    answers: (n, exits, K); None: those of the exits.
-    """
-    answers, labels = recorded.answers if answers is None else answers, recorded.labels[:, None]
-    hits = (answers & labels).sum(0).astype(np.float64)  # (exits, K)
-    given = answers.sum(0) + labels.sum(0)
-    micro = 2 * hits.sum(-1) / np.maximum(given.sum(-1), 1)
-    return micro, (2 * hits / np.maximum(given, 1)).mean(-1)
-
-
-def correlations(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Pearson's and Spearman's correlation of a regression model's values with the labels by exit, each (exits,)."""
-    pairs = [correlation(values, recorded.labels) for values in recorded.answers.T]
-    return np.array([p for p, _ in pairs]), np.array([s for _, s in pairs])
-
-
-def correlation(values: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[float, float]:
-    """Pearson's and Spearman's correlation of values with labels, each (n,); NaN if either does not vary."""
-    if not (np.ptp(values) and np.ptp(labels)):
-        return float("nan"), float("nan")
-    pearson, spearman = (
-        np.corrcoef(*pair)[0, 1] for pair in ((values, labels), (ranks(values), ranks(labels)))
-    )
-    return float(pearson), float(spearman)
-
-
-def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rank of each value, from 1; equal values share their mean rank."""
-    _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[number])
-
-
-def at_tau(recorded: Recorded, scores: NDArray[np.float64], tau: float) -> tuple[float, float]:
-    """Pearson's and Spearman's correlation of values with the labels, when exiting at score < τ."""
-    index = exit_index(scores, tau)
-    return correlation(recorded.answers[np.arange(len(index)), index], recorded.labels)
-
-
 def exit_scores(recorded: Recorded) -> tuple[str, NDArray[np.float64]]:
-    """The score that training maximizes: its name, accuracy or micro_f1, and its value at every exit, (exits,)."""
-    if recorded.thresholds is None:
+    """The score that training maximizes: its name, such as accuracy, and its value at every exit, (exits,)."""
+    measures = measures_of(recorded.kind)
+    if measures.trained is None:
         return "accuracy", np.asarray(recorded.correct.mean(0))
-    return "micro_f1", f1(recorded)[0]
+    return measures.more[measures.trained].lower().replace(" ", "_"), measures.of(recorded)[measures.trained]
 
 
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
@@ -143,9 +99,9 @@ def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
     For a multi-label model: only labels that it never assigns. For a regression model and a token classifier: none.
     """
     n, warnings = len(recorded.labels), list[str]()
-    if recorded.thresholds is not None:
+    if isinstance(recorded.kind, Labels):
         return _labels_never_given(recorded, names)
-    if recorded.tolerance is not None or isinstance(recorded, RecordedSpans):
+    if not isinstance(recorded.kind, Classes):
         return warnings
     counts = np.bincount(recorded.labels, minlength=len(names))
     most, right = int(counts.argmax()), int(recorded.correct[:, -1].sum())
@@ -229,26 +185,15 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
     scores = signal.scores(recorded)
     o = calibration.outcome(samples, scores, tau, signal)
     low, high = (100 * x for x in o.accuracy_interval)
-    measure, answer, more, reference = "accuracy", "labels", "", reference_of(recorded)
-    if recorded.thresholds is not None:
-        measure, answer = "all labels right", "answers"
-        chosen = exit_index(scores, tau)[:, None, None]
-        micro, macro = f1(recorded, np.take_along_axis(recorded.answers, chosen, 1))
-        full = [100 * score[-1] for score in f1(recorded)]
-        more = (
-            f"micro F1 {100 * micro[0]:.2f} (full depth {full[0]:.2f}), "
-            f"macro F1 {100 * macro[0]:.2f} (full depth {full[1]:.2f}), "
-        )
-    if recorded.tolerance is not None:
-        measure, answer = f"within {recorded.tolerance:g} of the label", "answers"
-        pearson, spearman = at_tau(recorded, scores, tau)
-        more = f"Pearson {100 * pearson:.2f}, Spearman {100 * spearman:.2f}, "
+    measures, reference = measures_of(recorded.kind), reference_of(recorded)
+    further = zip(measures.more, measures.at_tau(recorded, scores, tau), measures.of(recorded), strict=True)
+    more = "".join(f"{name} {100 * x:.2f} (full depth {100 * of[-1]:.2f}), " for name, x, of in further)
     return (
         f"Default {signal_label(signal.name, signal.lam)}, τ = {tau:g}: "
-        f"{measure} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
+        f"{measures.right_if} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
-        f"{more}{100 * o.disagreement:.2f}% of {answer} differ from {reference}, "
+        f"{more}{100 * o.disagreement:.2f}% of {measures.answer} differ from {reference}, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
         f"{in_time(recorded, scores, tau, times):.2f}× in time (tokenizer, embeddings and exits included)\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
@@ -258,9 +203,9 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
 
 def _probability_line(recorded: Recorded, index: NDArray[np.int64]) -> str:
     """A line on how exits change the top probability of texts; "" for a regression model. index: exit indices, (n,)."""
-    if recorded.tolerance is not None:
+    if not isinstance(recorded.kind, Classes | Labels):
         return ""
-    if recorded.thresholds is None:
+    if isinstance(recorded.kind, Classes):
         top = formulas.softmax(recorded.logits).max(-1)
     else:  # the sigmoid, which this form computes without overflow
         top = (1 + np.tanh(recorded.logits.max(-1).astype(np.float64) / 2)) / 2
@@ -278,22 +223,20 @@ def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]
     signals: each with the rows of its calibration table. Targets that no row meets are left out.
     """
     title = f"Targets: a speed-up, or a limit on the answers that differ from {reference_of(recorded)}"
-    is_regression = recorded.tolerance is not None
-    correlated = ("Pearson", "Spearman") if is_regression else ()
-    columns = ("signal", "target", "τ", *OUTCOME_COLUMNS, *correlated)
+    measures = measures_of(recorded.kind)
+    columns = ("signal", "target", "τ", *OUTCOME_COLUMNS, *measures.more)
     table = empty_table(columns, f"{title} ({len(recorded.labels)} samples)", no_wrap=True)
-    speedups = (2, *TARGET_SPEEDUPS) if is_regression else TARGET_SPEEDUPS
     for signal, trade_offs in signals:
-        rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in speedups]
+        rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in TARGET_SPEEDUPS]
         rows += [(f"≤ {100 * d:g}%", trade_offs.within_disagreement(d)) for d in TARGET_DISAGREEMENTS]
         scores = signal.scores(recorded)
         for target, row in rows:
             if row is None:
                 continue
             cells = _outcome_cells(recorded, scores, row.tau, signal, times)
-            both = at_tau(recorded, scores, row.tau) if is_regression else ()
+            further = measures.at_tau(recorded, scores, row.tau)
             name = signal_label(signal.name, signal.lam)
-            table.add_row(name, target, f"{row.tau:.4f}", *cells, *(f"{100 * x:.2f}" for x in both))
+            table.add_row(name, target, f"{row.tau:.4f}", *cells, *(f"{100 * x:.2f}" for x in further))
         table.add_section()
     return table
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from de3.exits.kinds import kind_of_text
 from de3.exits.recorded import Recorded
-from de3.exits.rule import logit_thresholds
 from de3.progress import track
 from de3.training.encoded import Encoded, evaluation_batches
 from de3.training.model import De3Model
@@ -36,5 +36,5 @@ def predict(
         logits,
         distances,
         data.labels.numpy(),
-        thresholds=logit_thresholds(config.thresholds),
+        kind=kind_of_text(config.thresholds, None),
     )

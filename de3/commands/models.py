@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from de3.exits.kinds import Spans
 from de3.model_store.printable import printable
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def models_list(store: StoreOption = Path("models")) -> None:
         except Exception as error:  # a forged manifest may raise anything
             table.add_row(name + pinned, f"[red]{escape(_reason(error))}")
             continue
-        names = m.labels if m.span_rule is None else m.span_rule.names
-        labels = ("" if m.span_rule is None else "spans: ") + ", ".join(names[:4])
+        names = m.kind.rule.names if isinstance(m.kind, Spans) else m.labels
+        labels = ("spans: " if isinstance(m.kind, Spans) else "") + ", ".join(names[:4])
         labels += f" … ({len(names)})" if len(names) > 4 else ""
         labels = escape(printable(labels))
         c = m.calibration

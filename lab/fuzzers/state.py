@@ -55,7 +55,7 @@ def _count(ledger: Ledger, tenants: tuple[str, ...], texts: int) -> None:
             settled = Settled(name, ledger.tenant(name).epoch, (1.0, 0.05)[number % 2], may_rise=True)
             settled.skipped += 3
             differs = [number % 40 == 0] + [False] * (exits - 1)
-            settled.add(number % 97, [0.5] + [None] * (exits - 1), differs, False)
+            settled.add(number % 97, [0.5] + [None] * (exits - 1), [differs], False)
             ledger.count([settled])
 
 
@@ -100,7 +100,7 @@ def check(data: bytes) -> tuple[dict[str, float], str]:
     _count(ledger, TENANTS, 10)
     _compare(ledger)
     for tenant in ledger.tenants.values():
-        if tenant.guarantee is None or tenant.guarantee.tau not in ledger.taus:
+        if tenant.strictest is None or tenant.strictest.tau not in ledger.taus:
             raise Finding("a tenant's τ is not in the grid")
     json.dumps(report(ledger, Live(1.0, 0, {}), ledger.rules.default), allow_nan=False)
     if ledger.audits < min(10, audits):

@@ -224,7 +224,7 @@ def fit(source: Source, texts: Sequence[str], attack: Attack, rate: float, seed:
     taus = np.unique(FINE_TAUS)
     guarantee = Guarantee(rate, taus, error_of(FIT))
     costs = [*([0] * manifest.num_states), 1] if manifest.upstream else list(range(manifest.num_layers + 1))
-    found = profiles([row.scores for row in rows], [row.differs for row in rows], costs, taus)
+    found = profiles([row.scores for row in rows], [row.failures[0] or [] for row in rows], costs, taus)
     guarantee.count(1.0, found, np.array([row.key is None for row in rows], np.bool_))
     guarantee.advance()
     truth = fitted.exits.recorded(texts_of(source.records(unseen, [0] * len(unseen)), manifest))

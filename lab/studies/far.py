@@ -129,7 +129,7 @@ def policy(manifest: Manifest, texts: Recorded, name: str, full_depth: bool = Fa
             if not far and monitor.is_far(reading):
                 far, cautious = True, replace(rule, tau=0.0 if full_depth else rule.tau * monitor.tau_factor)
             if layer == texts.exit_layers[-1] or cautious.exits(cautious.signal.score(row[:i])):
-                correct, layers = correct + (reading.label == label), layers + layer
+                correct, layers = correct + (reading.answer == label), layers + layer
                 break
         far_texts += far
     n = len(texts.labels)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.reading import Reading
+from de3.exits.kinds import CLASSES
+from de3.exits.reading import ClassReading
 from de3.exits.rule import ExitRule
-from de3.exits.windows import EXPECTED_CHANGE, MAX_WINDOWS, OVERLAP, Combination, spans
+from de3.exits.windows import EXPECTED_CHANGE, MAX_WINDOWS, OVERLAP, Span, combination, spans
 from de3.loadtest.texts import Sample
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
@@ -27,11 +28,11 @@ class Window:
     new: int
     exits: Exits
 
-    def read(self, rule: ExitRule) -> Reading:
+    def read(self, rule: ExitRule) -> ClassReading:
         """The reading at the exit that the window takes."""
-        passed: list[Reading] = []
+        passed: list[ClassReading] = []
         for layer, logits, distances in self.exits:
-            passed.append(rule.read(layer, logits, distances))
+            passed.append(CLASSES.read(layer, logits, distances))
             if rule.exits(rule.signal.score(passed)):
                 break
         return passed[-1]
@@ -91,18 +92,21 @@ def _run(
 ) -> Answer:
     """Run windows in an order until their combination is settled.
 
-    change: argument of `Combination.is_settled`; None: run all windows. weighted: weight windows by their new tokens.
+    change: argument of `is_settled`; None: run all windows. weighted: weight windows by their new tokens.
     """
     windows = [text.windows[n] for n in order(len(text.windows))]
-    combination = Combination([window.new if weighted else 1 for window in windows])
+    news = [window.new if weighted else 1 for window in windows]
+    combined = combination(CLASSES, [Span(0, new, new) for new in news])
     count = work = 0
     for window in windows:
         reading = window.read(rule)
-        combination.add(reading)
+        combined.add(reading)
         count, work = count + 1, work + reading.layer * window.tokens
-        if change is not None and combination.is_settled(change):
+        if change is not None and combined.is_settled(change):
             break
-    return Answer(combination.reading(reading).label, count, work)
+    answer = combined.reading(reading).answer
+    assert isinstance(answer, int)
+    return Answer(answer, count, work)
 
 
 def _combined(

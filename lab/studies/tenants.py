@@ -64,7 +64,7 @@ def run(
             for row, is_drawn in zip(chosen, rng.random(BATCH) < q, strict=True):
                 key += bool(k or number % 2)  # half of the hostile tenant's requests are copies of one text
                 if is_drawn:
-                    settled.add(key, scores[row].tolist(), unlike[row].tolist(), bool(differs[row, index]))
+                    settled.add(key, scores[row].tolist(), [unlike[row].tolist()], bool(differs[row, index]))
                 else:
                     settled.skipped += 1
             ledger.count([settled])

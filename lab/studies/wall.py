@@ -45,7 +45,7 @@ def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rou
                     started = perf_counter()
                     outcome = engine.classify(text, choices[j])
                     seconds[number, j, i] = perf_counter() - started
-                    labels[j, i], layers[j, i] = outcome.reading.label, outcome.layer
+                    labels[j, i], layers[j, i] = outcome.text_reading.answer, outcome.layer
     each = seconds.mean(2)  # (rounds, taus)
     speedups = each[:, :1] / each
     rows = []

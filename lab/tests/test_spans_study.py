@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from de3.exits import kinds
 from de3.exits.spans import Span
 from de3.export.classifier import Stock, convert
 from de3.export.full_depth import export_full_depth
@@ -56,13 +57,13 @@ def test_the_peer_finds_the_spans_of_full_depth(model: Path, tmp_path: Path) -> 
     convert(Stock.open(str(model), model), Store(tmp_path / "store"), "m", "fp32")
     artifact = Store(tmp_path / "store").open("m")
     export_full_depth(artifact.path, tmp_path / "graph", int8=False)
-    opened, rule = Model(artifact, "onnxruntime"), artifact.manifest.span_rule
+    opened, kind = Model(artifact, "onnxruntime"), artifact.manifest.kind
     expected = []
     for text in TEXTS:
         tokens = opened.tokenize(text)
         logits = opened.full_depth(tokens)[-1].logits
-        assert rule is not None and tokens.layout is not None and logits is not None
-        expected.append(rule.spans(logits, tokens.layout))
+        assert isinstance(kind, kinds.Spans) and tokens.layout is not None and logits is not None
+        expected.append(kind.rule.spans(logits, tokens.layout))
     sys.path.insert(0, str(PEERS))
     try:
         from spans_app import SpanGraph

@@ -19,7 +19,9 @@ from itertools import takewhile
 
 import numpy as np
 
-from de3.exits.reading import Reading, differs
+from de3.exits.criteria import Criterion, Failures, criteria_of
+from de3.exits.kinds import differs
+from de3.exits.reading import Reading, SpansReading
 from de3.exits.rule import ExitRule
 from de3.model_store.fitted import pieces_of
 from de3.model_store.records import packed
@@ -234,7 +236,7 @@ class Auditor:
 
     def _name(self, job: Job) -> str:
         """The tenant of a request; without a guarantee, all requests share one tenant."""
-        return job.request.tenant if self._has_guarantee else ""
+        return job.sender.tenant if self._has_guarantee else ""
 
     def _tenant(self, name: str) -> _Tenant:
         return self._tenants.setdefault(name, _Tenant(self._epoch))
@@ -300,7 +302,7 @@ class Auditor:
         tenant = self._tenant(name)
         is_void = draw is None or draw.epoch != tenant.epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
-        client = job.request.tenant or network_hash(job.client)
+        client = job.sender.tenant or network_hash(job.client)
         exits = len(self.served.model.manifest.exit_costs)
         entry: _Entry | None = None
         waits = self._ask is not None and job.choice.rule.tau > 0
@@ -423,8 +425,7 @@ class Auditor:
             scores, differing = list[float | None]([None] * exits), [False] * exits
             if exits > 1:
                 scores[-2], differing[-2] = 0.0, True
-            missed: list[list[bool] | None] = [differing] if self.served.model.manifest.is_spans else []
-            self._count(entry.settled, entry.key, scores, differing, True, missed)
+            self._count(entry.settled, entry.key, scores, [differing for _ in self._criteria], True)
         elif not audit.passed:
             entry.settled.skipped += 1
             entry.is_audit, entry.waits = False, True
@@ -435,6 +436,10 @@ class Auditor:
             entry.records += self._record(client, share, audit.tokens, audit.states, last)
         self._settle(tenant)
 
+    @property
+    def _criteria(self) -> list[Criterion]:
+        return criteria_of(self.served.model.manifest.kind)
+
     def _conclude(
         self,
         settled: Settled,
@@ -443,12 +448,10 @@ class Auditor:
         passed: list[Reading],
     ) -> None:
         """Record the audit of a text that passed every exit and was answered with `answer`."""
-        tolerance = self.served.model.manifest.tolerance
-        last = passed[-1]
-        differing = [differs(reading.answer, last.answer, tolerance) for reading in passed]
-        served_differs = differs(answer.answer, last.answer, tolerance)
-        missed: list[list[bool] | None] = [] if last.tokens is None else [_missed(passed)]
-        self._count(settled, key, self._scores(passed), differing, served_differs, missed)
+        answers = [reading.answer for reading in passed]
+        served_differs = differs(self.served.model.manifest.kind, answer.answer, answers[-1])
+        failures = [one.failures(answers) for one in self._criteria]
+        self._count(settled, key, self._scores(passed), failures, served_differs)
 
     def _record(
         self,
@@ -466,7 +469,7 @@ class Auditor:
         if self.served.model.manifest.is_spans:
             ids = packed(tokens)
             return [] if ids is None else [Record(*text, NO_STATES, NO_LOGITS, is_extra, ids)]
-        if states is None:
+        if states is None or isinstance(last, SpansReading):
             return []
         logits = np.array(last.logits, np.float32)
         with np.errstate(over="ignore"):
@@ -502,11 +505,10 @@ class Auditor:
         settled: Settled,
         key: int | None,
         scores: list[float | None],
-        differing: list[bool],
+        failures: list[Failures],
         served_differs: bool,
-        missed: list[list[bool] | None],
     ) -> None:
-        settled.add(key, scores, differing, served_differs, missed)
+        settled.add(key, scores, failures, served_differs)
         self.audits += 1
         self.disagreements += served_differs
 
@@ -534,12 +536,6 @@ class Auditor:
             size -= 1 + len(tenant.entries.popleft().records)
         if settled:
             self._count_settled(settled)
-
-
-def _missed(passed: Sequence[Reading]) -> list[bool] | None:
-    """For each exit of a token classifier, True if it misses a span of the last one; None without spans there."""
-    answers = [reading.tokens.answer for reading in passed if reading.tokens is not None]
-    return [bool(answers[-1] - answer) for answer in answers] if answers[-1] else None
 
 
 def _key(tokens: Tokens) -> int:

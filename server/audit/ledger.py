@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS
+from de3.exits.criteria import criteria_of
 from de3.exits.guarantee import Guarantee, Reason, error_of, profiles
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
-from de3.server.audit.tenant import MAX_SEEN, MOST_SEEN, Settled, Tenant
+from de3.server.audit.tenant import MAX_SEEN, MOST_SEEN, Bounded, Settled, Tenant
 from de3.server.learn.record import HeldOut
 from de3.server.rules import Choice, InForce, Rules, Standing
 from de3.server.settings import Settings
@@ -102,13 +103,12 @@ class Ledger:
 
     def new_tenant(self) -> Tenant:
         """A tenant without evidence."""
-        has_spans = self.manifest.is_spans
-        missed = self._new_guarantee() if has_spans else None
-        return Tenant(self.taus, self._new_guarantee(), self.epoch, missed, has_spans)
 
-    def _new_guarantee(self) -> Guarantee | None:
-        """The guarantee to a tenant without evidence; None without a guarantee."""
-        return None if self.rate is None else Guarantee(self.rate, self.taus, self.error)
+        def guarantee() -> Guarantee | None:
+            return None if self.rate is None else Guarantee(self.rate, self.taus, self.error)
+
+        criteria = [Bounded(one, self.taus, guarantee()) for one in criteria_of(self.manifest.kind)]
+        return Tenant(self.taus, criteria, self.epoch)
 
     def restore(self, name: str, tenant: Tenant) -> None:
         """Continue with the saved audits of a tenant."""
@@ -199,13 +199,11 @@ class Ledger:
             cost = float(costs[-1])
             if held := by_tenant[name]:
                 tenant = self.tenant(name)
-                found = profiles([r.scores for r in held], [r.differs for r in held], costs, self.taus)
-                if tenant.guarantee is not None:
-                    where = {i: each.missed for i, each in enumerate(held) if each.missed is not None}
-                    scores = [held[i].scores for i in where]
-                    missed = [*where], profiles(scores, [*where.values()], costs, self.taus)
-                    tenant.count_held_out([one.key for one in held], found, self._room, missed)
-                cost = float(found.layers[:, tenant.index].mean())
+                keys, scores, failures = zip(*((r.key, r.scores, r.failures) for r in held), strict=True)
+                if tenant.guarantees:
+                    tenant.count_held_out(keys, scores, failures, costs, self._room)
+                layers = profiles(scores, [one[0] or [] for one in failures], costs, self.taus).layers
+                cost = float(layers[:, tenant.index].mean())
             mean += texts / total * cost
         self._start_cost = mean if traffic else None
         self._tell(traffic.keys() & self.tenants.keys())
@@ -234,9 +232,7 @@ class Ledger:
 
     def tenant_taus(self) -> list[float]:
         """With a guarantee, the τ of each tenant."""
-        return [
-            float(one.taus[one.index]) for one in list(self.tenants.values()) if one.guarantee is not None
-        ]
+        return [float(one.taus[one.index]) for one in list(self.tenants.values()) if one.guarantees]
 
     def index(self, tenant: Tenant, tau: float) -> int:
         """Index of a tenant's τ in the grid. tau: the τ in force without a guarantee."""
@@ -263,13 +259,16 @@ class Ledger:
         """The rate of disagreement at the τ in force, and its lower and upper bound; None without audits.
 
         With a guarantee, they are those of the tenant whose audits are the strongest evidence against it: bounds hold
-        for one tenant, because the texts of others are drawn with other probabilities. Of a token classifier, this may
-        be the rate of texts with a span missed. Any thread may call this.
+        for one tenant, because the texts of others are drawn with other probabilities. This may be
+        the rate of another criterion than disagreement. Any thread may call this.
         """
         tau, rate = in_force.rule.tau, self.guaranteed_rate or 0.5
-        found = [(tenant, tenant.evidence) for tenant in list(self.tenants.values())]
-        if self.rate is not None:
-            found += [(tenant, tenant.missed) for tenant, _ in found if tenant.missed is not None]
+        last = None if self.rate is not None else 1  # without a guarantee, only the rate of all texts
+        found = [
+            (tenant, each.evidence)
+            for tenant in list(self.tenants.values())
+            for each in tenant.criteria[:last]
+        ]
         found = [(tenant, evidence) for tenant, evidence in found if evidence.audits]
         if not found:
             return None
@@ -285,9 +284,9 @@ def _grid(rules: Rules) -> NDArray[np.float64]:
 
 
 def _in_force(tenant: Tenant) -> InForce:
-    if tenant.guarantee is None:
+    if (guarantee := tenant.strictest) is None:
         return InForce(tenant.epoch, None, None)
-    return InForce(tenant.epoch, float(tenant.taus[tenant.index]), tenant.strictest(tenant.guarantee).reason)
+    return InForce(tenant.epoch, float(tenant.taus[guarantee.index]), guarantee.reason)
 
 
 def tau_row(choice: Choice, manifest: Manifest) -> dict[str, Any]:

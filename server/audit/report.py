@@ -11,7 +11,7 @@ from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import speedup
 from de3.model_store.manifest import Manifest
 from de3.server.audit.ledger import Ledger, tau_row
-from de3.server.audit.tenant import Tenant
+from de3.server.audit.tenant import Bounded, Tenant
 from de3.server.rules import Choice
 
 
@@ -38,28 +38,21 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
     signal, manifest, tenants = ledger.signal, ledger.manifest, dict(ledger.tenants)
     name = max(tenants, key=lambda one: tenants[one].evidence.texts, default="") if reader is None else reader
     tenant = tenants[name] if name in tenants else ledger.new_tenant()
-    evidence, guarantee, tau = tenant.evidence, tenant.guarantee, _tau(tenant, in_force, manifest)
-    lower, upper = evidence.bounds()
-    rates, costs = evidence.rates(), evidence.mean_layers()
+    evidence, tau = tenant.evidence, _tau(tenant, in_force, manifest)
+    costs = evidence.mean_layers()
     cost_name = "mean_exit_layer" if manifest.upstream is None else "upstream_share"
-    e_values = None if guarantee is None else guarantee.evidence.e_values(guarantee.rate)
-
-    missed = None if tenant.missed is None else _missed(tenant)
+    first, *others = [_rates(one) for one in tenant.criteria]
 
     def row(k: int) -> dict[str, Any]:
         known: dict[str, Any] = {
             "tau": float(ledger.taus[k]),
-            "disagreement": _number(rates[k]),
-            "lower": float(lower[k]),
-            "upper": float(upper[k]),
+            **{name: _number(values[k]) for name, values in first.items() if name != "e_value"},
             cost_name: _number(costs[k]),
             "speedup": None if np.isnan(costs[k]) else speedup(manifest.exit_costs[-1], float(costs[k])),
         }
-        if e_values is not None:
-            known["e_value"] = float(e_values[k])
-        if missed is not None:
-            known |= {name: _number(values[k]) for name, values in missed.items()}
-        return known
+        if "e_value" in first:
+            known["e_value"] = float(first["e_value"][k])
+        return known | {name: _number(values[k]) for one in others for name, values in one.items()}
 
     expected = ledger.rules.of_tenant(name).expected
     here = int(np.searchsorted(ledger.taus, tau["tau"]))
@@ -74,7 +67,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
         "share": live.share,
         "texts": evidence.texts,
         "audits": evidence.audits,
-        **({} if tenant.missed is None else {"audits_with_spans": tenant.missed.audits}),
+        **{one.criterion.texts: one.evidence.audits for one in tenant.criteria[1:]},
         "pending": live.pending,
         "excluded": live.excluded,
         "tau": tau,
@@ -111,19 +104,20 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
 
 def _tau(tenant: Tenant, in_force: Choice, manifest: Manifest) -> dict[str, Any]:
     """A tenant's τ for requests without exit options, and the reason for it."""
-    if tenant.guarantee is None or len(manifest.exit_layers) == 1:
+    if (guarantee := tenant.strictest) is None or len(manifest.exit_layers) == 1:
         return tau_row(in_force, manifest)
-    return {"tau": float(tenant.taus[tenant.index]), "reason": tenant.strictest(tenant.guarantee).reason}
+    return {"tau": float(tenant.taus[guarantee.index]), "reason": guarantee.reason}
 
 
-def _missed(tenant: Tenant) -> dict[str, NDArray[np.float64]]:
-    """Of a token classifier, at each τ: the rate of texts with spans that miss one, its bounds and e-values."""
-    evidence, guarantee = tenant.missed, tenant.missed_guarantee
-    assert evidence is not None
-    lower, upper = evidence.bounds()
-    rates = {"missed": evidence.rates(), "missed_lower": lower, "missed_upper": upper}
-    e_values = {} if guarantee is None else {"missed_e_value": guarantee.evidence.e_values(guarantee.rate)}
-    return rates | e_values
+def _rates(one: Bounded) -> dict[str, NDArray[np.float64]]:
+    """The rate of a criterion at each τ, its bounds and, with a guarantee, its e-values."""
+    name, guarantee = one.criterion.name, one.guarantee
+    start = "" if one.criterion.of_all else f"{name}_"
+    lower, upper = one.evidence.bounds()
+    rates = {name: one.evidence.rates(), f"{start}lower": lower, f"{start}upper": upper}
+    if guarantee is not None:
+        rates[f"{start}e_value"] = guarantee.evidence.e_values(guarantee.rate)
+    return rates
 
 
 def _number(value: float) -> float | None:

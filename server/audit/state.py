@@ -33,6 +33,9 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
+MAX_CRITERIA = 8
+
+
 class _Part(BaseModel):
     """Base class of the parts of a state file."""
 
@@ -74,6 +77,17 @@ class GuaranteeState(_Part):
     error: Rate
 
 
+class CriterionState(_Part):
+    """The state of a de3.server.audit.tenant.Bounded."""
+
+    counts: list[Counts] = Field(max_length=MAX_SHARES)
+    guarantee: GuaranteeState | None
+
+    def all_counts(self) -> list[list[Counts]]:
+        """The counts of all audits, and those that the guarantee rests on."""
+        return [self.counts, *([] if self.guarantee is None else [self.guarantee.counts])]
+
+
 class ResetRow(_Part):
     """A saved de3.server.audit.tenant.Reset."""
 
@@ -101,26 +115,39 @@ class TenantState(_Part):
     since: Annotated[float, Field(ge=0, le=MAX_TIME)]
     counts: list[Counts] = Field(max_length=MAX_SHARES)
     guarantee: GuaranteeState | None  # None without a guarantee
-    # Of a token classifier; see Tenant.
-    missed_counts: list[Counts] = Field([], max_length=MAX_SHARES)
-    missed_guarantee: GuaranteeState | None = None
+    criteria: dict[str, CriterionState] = Field(
+        default={}, max_length=MAX_CRITERIA
+    )  # those after the first, by name
+    # The criterion "missed", in files of earlier releases.
+    missed_counts: list[Counts] = Field(default=[], max_length=MAX_SHARES, exclude=True)
+    missed_guarantee: GuaranteeState | None = Field(default=None, exclude=True)
     resets: list[ResetRow] = Field(max_length=MAX_RESETS)
 
     @model_validator(mode="after")
     def _check(self) -> "TenantState":
+        if self.missed_counts or self.missed_guarantee:
+            missed = CriterionState(counts=self.missed_counts, guarantee=self.missed_guarantee)
+            self.criteria.setdefault("missed", missed)
         for row in self.all_counts():
             row.check(len(self.taus))
         return self
 
     def all_counts(self) -> list[Counts]:
         """The counts of all audits, and those that the guarantees rest on."""
-        guarantees = [one for one in (self.guarantee, self.missed_guarantee) if one is not None]
-        return [*self.counts, *self.missed_counts, *(row for one in guarantees for row in one.counts)]
+        return [row for one in self.by_criterion() for counts in one.all_counts() for row in counts]
+
+    def by_criterion(self) -> list[CriterionState]:
+        """The state of every criterion, the first one included."""
+        return [CriterionState(counts=self.counts, guarantee=self.guarantee), *self.criteria.values()]
 
 
 def state_of(ledger: Ledger, name: str) -> TenantState:
     """The state of a tenant, to be saved."""
     tenant = ledger.tenants[name]
+    first, *others = [
+        CriterionState(counts=_counts_of(one.evidence), guarantee=_saved(one.guarantee))
+        for one in tenant.criteria
+    ]
     return TenantState(
         model=ledger.manifest.full_name,
         tenant=name,
@@ -131,10 +158,9 @@ def state_of(ledger: Ledger, name: str) -> TenantState:
         lam=ledger.signal.lam,
         taus=ledger.taus.tolist(),
         since=tenant.since,
-        counts=_counts_of(tenant.evidence),
-        guarantee=_saved(tenant.guarantee),
-        missed_counts=[] if tenant.missed is None else _counts_of(tenant.missed),
-        missed_guarantee=_saved(tenant.missed_guarantee),
+        counts=first.counts,
+        guarantee=first.guarantee,
+        criteria=dict(zip((one.criterion.name for one in tenant.criteria[1:]), others, strict=True)),
         resets=[ResetRow(**asdict(reset)) for reset in tenant.resets],
     )
 
@@ -173,19 +199,23 @@ def restore(ledger: Ledger, state: TenantState) -> None:
         raise ValueError("it belongs to another signal")
     if (state.runtime, state.tau_factor) != (ledger.runtime, ledger.tau_factor):
         raise ValueError("it belongs to another runtime, or another --ood-policy")
-    saved = [one for one in (state.guarantee, state.missed_guarantee) if one is not None]
-    if max(len(state.counts), *(len(one.counts) for one in saved), 0) + NEW_SHARES > MAX_SHARES:
+    shares = [len(counts) for one in state.by_criterion() for counts in one.all_counts()]
+    if max(shares) + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
     if max((count for row in state.all_counts() for count in _all(row)), default=0) > MAX_COUNT - NEW_COUNT:
         raise ValueError("its counts are too large")
     if state.taus != taus.tolist():
         raise ValueError("it has a different grid of τ")
     tenant = ledger.new_tenant()
-    _restore(tenant.guarantee, state.guarantee, taus)
-    _restore(tenant.missed_guarantee, state.missed_guarantee, taus)
-    tenant.evidence, tenant.since = _evidence(state.counts, taus), state.since
-    if tenant.missed is not None:
-        tenant.missed = _evidence(state.missed_counts, taus)
+    tenant.since = state.since
+    saved = [
+        state.by_criterion()[0],
+        *(state.criteria.get(one.criterion.name) for one in tenant.criteria[1:]),
+    ]
+    for each, found in zip(tenant.criteria, saved, strict=True):
+        if found is not None:
+            each.evidence = _evidence(found.counts, taus)
+            _restore(each.guarantee, found.guarantee, taus)
     tenant.resets = [Reset(**row.model_dump()) for row in state.resets]
     ledger.restore(state.tenant, tenant)
 
@@ -260,7 +290,7 @@ class StateDir:
             else:
                 tenant = ledger.tenants[state.tenant]
                 # The guarantee may also rest on texts that were recorded before the model was served.
-                held = 0 if tenant.guarantee is None else tenant.guarantee.evidence.audits
+                held = max((one.evidence.audits for one in tenant.guarantees[:1]), default=0)
                 audits += max(tenant.evidence.audits, held)
         if ledger.tenants:
             log.info(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.exits.criteria import Criterion, Failures, counted
 from de3.exits.guarantee import Evidence, Guarantee, Profiles, Reason, profiles
 
 MAX_SEEN = 2**18  # hashes of counted texts that a model remembers, over all tenants
@@ -28,9 +29,7 @@ class Settled:
         skipped: number of texts that were not audited.
         keys: with a guarantee, hash of each audited text; None if it is near to a text that the exits were fitted to.
         scores: score of each audited text at each exit; None at an exit without one.
-        differs: disagreement of each audited text's exits with the last one.
-        missed: of a token classifier, for each audited text, the exits that miss a span of the last one; None for a
-            text without spans there. Empty for other models.
+        failures: for each audited text, the exits at which it fails each of the model's criteria (exits.criteria).
         served: number of audited texts whose answer, as sent, differs from the last exit's.
         may_rise: they end with the last text of a request, so τ may rise.
     """
@@ -41,8 +40,7 @@ class Settled:
     skipped: int = 0
     keys: list[int | None] = field(default_factory=list)
     scores: list[list[float | None]] = field(default_factory=list)
-    differs: list[list[bool]] = field(default_factory=list)
-    missed: list[list[bool] | None] = field(default_factory=list)
+    failures: list[list[Failures]] = field(default_factory=list)
     served: int = 0
     may_rise: bool = False
 
@@ -55,15 +53,13 @@ class Settled:
         self,
         key: int | None,
         scores: list[float | None],
-        differs: list[bool],
+        failures: list[Failures],
         served_differs: bool,
-        missed: Sequence[list[bool] | None] = (),
     ) -> None:
-        """Add a text that was audited; see the attributes. missed: of this text, or empty."""
+        """Add a text that was audited; see the attributes."""
         self.keys.append(key)
         self.scores.append(scores)
-        self.differs.append(differs)
-        self.missed += missed
+        self.failures.append(failures)
         self.served += served_differs
 
     def continues(self, other: "Settled") -> bool:
@@ -75,8 +71,7 @@ class Settled:
         self.skipped += later.skipped
         self.keys += later.keys
         self.scores += later.scores
-        self.differs += later.differs
-        self.missed += later.missed
+        self.failures += later.failures
         self.served += later.served
         self.may_rise = later.may_rise
 
@@ -123,15 +118,28 @@ class Seen:
         return was_counted
 
 
+class Bounded:
+    """The evidence of a tenant about one criterion.
+
+    Attributes:
+        evidence: all audits of texts that the criterion is about, since the start, or the last change or reset.
+        guarantee: the test of which τ keep its rate within the guarantee; None without one.
+    """
+
+    def __init__(self, criterion: Criterion, taus: NDArray[np.float64], guarantee: Guarantee | None) -> None:
+        self.criterion, self.guarantee, self.evidence = criterion, guarantee, Evidence(taus)
+
+    def share(self, share: float) -> float:
+        """The probability with which a text that it is about was drawn, if any text was with `share`."""
+        # It is known only of audited texts whether a criterion of some texts is about them, so it counts just these.
+        return share if self.criterion.of_all else 1.0
+
+
 class Tenant:
     """The audits of one tenant.
 
     Attributes:
-        evidence: all audits since the start, or the last change or reset.
-        missed: of these, those of texts in which full depth finds a span, and the rate of those with one missed; None
-            unless the model is a token classifier.
-        guarantee: the test that chooses τ; None without a guarantee.
-        missed_guarantee: the same for the second rate, of a token classifier: both must allow a τ.
+        criteria: the evidence about each criterion of the model; the first one is about all texts. All must allow a τ.
         epoch: identifies the evidence: texts that were drawn in an earlier epoch do not count.
         since: start of the evidence, in seconds since 1970.
         resets: the latest resets.
@@ -139,19 +147,9 @@ class Tenant:
         is_changed: these audits have changed since they were last saved.
     """
 
-    def __init__(
-        self,
-        taus: NDArray[np.float64],
-        guarantee: Guarantee | None,
-        epoch: int,
-        missed_guarantee: Guarantee | None = None,
-        has_spans: bool = False,
-    ) -> None:
-        """taus: the grid, (G,), ascending from 0. has_spans: the model is a token classifier."""
-        self.taus, self.guarantee, self.epoch = taus, guarantee, epoch
-        self.missed_guarantee = missed_guarantee
-        self.evidence = Evidence(taus)
-        self.missed = Evidence(taus) if has_spans else None
+    def __init__(self, taus: NDArray[np.float64], criteria: Sequence[Bounded], epoch: int) -> None:
+        """taus: the grid, (G,), ascending from 0."""
+        self.taus, self.criteria, self.epoch = taus, criteria, epoch
         self.since = time.time()
         self.resets: list[Reset] = []
         self.num_changes = 0
@@ -160,93 +158,110 @@ class Tenant:
         self._has_new_audits = False  # new audits since the last check of whether τ may rise
 
     @property
-    def index(self) -> int:
-        """Index of the τ in force in the grid; 0 without a guarantee."""
-        return 0 if self.guarantee is None else self.strictest(self.guarantee).index
-
-    def strictest(self, guarantee: Guarantee) -> Guarantee:
-        """The guarantee with the lower τ of the tenant's two, or its only one."""
-        other = self.missed_guarantee
-        return guarantee if other is None or guarantee.index <= other.index else other
+    def evidence(self) -> Evidence:
+        """The evidence about all texts."""
+        return self.criteria[0].evidence
 
     @property
-    def _guarantees(self) -> list[Guarantee]:
-        return [one for one in (self.guarantee, self.missed_guarantee) if one is not None]
+    def guarantees(self) -> list[Guarantee]:
+        """The tests that choose τ; none without a guarantee."""
+        return [one.guarantee for one in self.criteria if one.guarantee is not None]
+
+    @property
+    def strictest(self) -> Guarantee | None:
+        """The guarantee with the lowest τ, which is in force; None without any."""
+        return min(self.guarantees, key=lambda one: one.index, default=None)
+
+    @property
+    def index(self) -> int:
+        """Index of the τ in force in the grid; 0 without a guarantee."""
+        return 0 if (strictest := self.strictest) is None else strictest.index
 
     def count(self, one: Settled, layers: Sequence[int], room: int) -> bool:
-        """Count texts; returns True if the rate had risen, which discards all evidence.
+        """Count texts; returns True if a rate had risen, which discards all evidence.
 
         layers: layers of the exits. room: number of hashes that this tenant may remember.
         """
         before, tau = self.evidence.audits, float(self.taus[self.index])
-        found = profiles(one.scores, one.differs, layers, self.taus)
+        found = self._profiles(one.scores, one.failures, layers)
         self.is_changed = True
         self.evidence.skip(one.share, one.skipped)
-        if one.scores:
-            self.evidence.add(one.share, found, one.served)
-        rows = [i for i, row in enumerate(one.missed) if row is not None]
-        missed = profiles(
-            [one.scores[i] for i in rows], [one.missed[i] or [] for i in rows], layers, self.taus
-        )
-        if self.missed is not None and rows:
-            # All texts that the second rate is about are audited ones, whatever the share of audits is.
-            self.missed.add(1.0, missed)
-        if self.guarantee is None:
+        for each, (rows, profile) in zip(self.criteria, found, strict=True):
+            if len(rows):
+                each.evidence.add(each.share(one.share), profile, one.served if each.criterion.of_all else 0)
+        if not self.guarantees:
             return False
-        repeats = self._repeats(one.keys, room)
-        self.guarantee.count(one.share, found, repeats)
-        if self.missed_guarantee is not None and rows:
-            self.missed_guarantee.count(1.0, missed, repeats[rows])
-        if any(each.reason == "change" and not each.evidence.tallies for each in self._guarantees):
-            for each in self._guarantees:
-                each.reset("change")
+        self._test(one.keys, found, room, one.share)
+        if any(test.reason == "change" and not test.evidence.tallies for test in self.guarantees):
+            for test in self.guarantees:
+                test.reset("change")
             self.num_changes += 1
             self._begin_anew(Reset(time.time(), "change", tau, before + len(one.scores)))
             return True
         self._has_new_audits |= bool(one.scores)
         if one.may_rise and self._has_new_audits:
             self._has_new_audits = False
-            for each in self._guarantees:
-                each.advance()
+            self._advance()
         return False
 
     def count_held_out(
         self,
         keys: Sequence[int | None],
-        found: Profiles,
+        scores: Sequence[Sequence[float | None]],
+        failures: Sequence[Sequence[Failures]],
+        layers: Sequence[int],
         room: int,
-        missed: tuple[Sequence[int], Profiles] | None = None,
     ) -> None:
         """Count texts that were recorded before the model was served, toward the guarantee only.
 
-        They are not audits of the model's answers, so reports leave them out. keys: see Settled. missed: of a token
-        classifier, the texts (by index) in which full depth finds a span, and where one is missed.
+        They are not audits of the model's answers, so reports leave them out. keys, scores, failures: see Settled.
         """
-        assert self.guarantee is not None
-        repeats = self._repeats(keys, room)
-        self.guarantee.count(1.0, found, repeats)
-        if self.missed_guarantee is not None and missed is not None and len(missed[0]):
-            rows, where = missed
-            self.missed_guarantee.count(1.0, where, repeats[list(rows)])
-        for each in self._guarantees:
-            each.advance()
+        self._test(keys, self._profiles(scores, failures, layers), room, 1.0)
+        self._advance()
         self.is_changed = True
 
-    def _repeats(self, keys: Sequence[int | None], room: int) -> NDArray[np.bool_]:
-        """For each audited text, True if it is not evidence for a higher τ; see Guarantee.count."""
-        return np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
+    def _profiles(
+        self,
+        scores: Sequence[Sequence[float | None]],
+        failures: Sequence[Sequence[Failures]],
+        layers: Sequence[int],
+    ) -> list[tuple[NDArray[np.int64], Profiles]]:
+        """For each criterion, the indices of the texts that it is about, and their results at each τ."""
+        found = []
+        for k in range(len(self.criteria)):
+            rows, fails = counted([one[k] for one in failures], len(layers))
+            found.append((rows, profiles([scores[i] for i in rows], fails, layers, self.taus)))
+        return found
+
+    def _test(
+        self,
+        keys: Sequence[int | None],
+        found: Sequence[tuple[NDArray[np.int64], Profiles]],
+        room: int,
+        share: float,
+    ) -> None:
+        """Count texts toward the guarantees; one that was counted before is no evidence for a higher τ."""
+        repeats = np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
+        for each, (rows, profile) in zip(self.criteria, found, strict=True):
+            if each.guarantee is not None and (each.criterion.of_all or len(rows)):
+                each.guarantee.count(each.share(share), profile, repeats[rows])
+
+    def _advance(self) -> None:
+        for test in self.guarantees:
+            test.advance()
 
     def reset(self, epoch: int) -> None:
         """Discard the evidence at an admin's request; with a guarantee, τ returns to 0."""
         tau, audits = float(self.taus[self.index]), self.evidence.audits
-        for each in self._guarantees:
-            each.reset("reset")
+        for test in self.guarantees:
+            test.reset("reset")
         self.epoch = epoch
         self._begin_anew(Reset(time.time(), "reset", tau, audits))
 
     def _begin_anew(self, reset: Reset) -> None:
         # The evidence from the texts seen so far is discarded, so they may count again.
-        self.evidence, self._seen = Evidence(self.taus), Seen()
-        self.missed = None if self.missed is None else Evidence(self.taus)
+        self._seen = Seen()
+        for each in self.criteria:
+            each.evidence = Evidence(self.taus)
         self.since, self.is_changed = reset.at, True
         self.resets = [*self.resets, reset][-MAX_RESETS:]

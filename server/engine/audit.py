@@ -219,5 +219,4 @@ def run_audits(
     for audit, one in zip(audits, decisions, strict=True):
         audit.passed, audit.model_s = one.readings, one.seconds
         for reading in one.readings:
-            if reading.tokens is not None:
-                reading.tokens.finish()  # here and not on the event loop
+            reading.finish()  # here and not on the event loop

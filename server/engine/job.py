@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from time import perf_counter
 
-from de3.exits.reading import Answer, sigmoid
+from de3.exits.kinds import Labels, Spans
+from de3.exits.reading import Answer, label_of, sigmoid
 from de3.exits.windows import MAX_WINDOWS, Flag, most_windows
 from de3.model_store.encoder import Encoder
 from de3.model_store.forward import Decision, ForwardPass
@@ -15,7 +16,7 @@ from de3.model_store.segments import Array, Tokens
 from de3.model_store.tokenizer import PIECE, Windows
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.progress import Progress, WindowProgress
-from de3.server.engine.request import Entry, Request, Text
+from de3.server.engine.request import NOBODY, Entry, Request, Sender, Text
 from de3.server.engine.served import MAX_STEP_S, Served
 from de3.server.engine.timing import tokens_of
 from de3.server.errors import RequestError
@@ -125,7 +126,9 @@ class Item:
         self.progress.windows = windows
         for one in self.team:
             # Texts in windows are not audited.
-            one.is_deep |= one.job.choice.rule.spans is not None and one.job.choice.guarantee is not None
+            one.is_deep |= (
+                isinstance(one.job.choice.rule.kind, Spans) and one.job.choice.guarantee is not None
+            )
             one.windows = WindowProgress(windows, one.job.choice.rule, one.job.flag)
         self.start(windows[0])
 
@@ -203,6 +206,7 @@ class Job:
         pending: number of its items in the queue; set by the queue.
         admitted_s: predicted seconds of these items if the deadline was admitted, else 0; set by the queue.
         flag: label to watch for in the windows; None: no label.
+        sender: who sent the request.
     """
 
     served: Served
@@ -227,6 +231,7 @@ class Job:
     pending: int = 0
     admitted_s: float = 0.0
     flag: Flag | None = None
+    sender: Sender = NOBODY
     _left: int = field(init=False)
     _lock: Lock = field(default_factory=Lock)
 
@@ -248,7 +253,7 @@ class Job:
         self.asks_all_exits = request.explain or request.ood or monitors_ood or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
-        self.has_layouts = any(job.choice.rule.spans is not None for job in self.team)
+        self.has_layouts = any(isinstance(job.choice.rule.kind, Spans) for job in self.team)
         due, self.items = self.submitted, []
         for index, text in enumerate(request.texts):
             predicted_s = deepest.timing.predict(text.chars, request.windows)
@@ -289,7 +294,7 @@ class Job:
     @property
     def client(self) -> str:
         """Client of the request."""
-        return self.request.client
+        return self.sender.client
 
     @property
     def tokens(self) -> int:
@@ -332,15 +337,12 @@ class Job:
         return list(self.labels())
 
     def labels(self) -> list[str]:
-        """The label of each text that has not failed; for a multi-label model, the text's labels joined by commas.
+        """The label of each text that has not failed: a multi-label model's joined by commas, a value's name.
 
         Not for a token classifier.
         """
         names = self.model.manifest.labels
-        readings = [outcome.reading for outcome in self.outcomes()]
-        return [
-            names[r.label] if r.labels is None else ", ".join(names[k] for k in r.labels) for r in readings
-        ]
+        return [label_of(outcome.reading, names) for outcome in self.outcomes()]
 
     def release(self) -> None:
         """Release the items, which refer back to the job; otherwise only the garbage collector would free the texts."""
@@ -354,24 +356,24 @@ def job_of(
     entry: Entry,
     level: int,
     on_done: Callable[[Exception | None], None],
+    sender: Sender,
     fellows: Sequence[Job] = (),
 ) -> Job:
-    """Create the job of a request to one of its models; raises RequestError if the model cannot answer the request.
+    """Create the job of a planned request to one of its models; raises RequestError if it cannot answer the request.
 
-    Limits `request.windows` to the model's maximum. level: load level, which sets the default τ. on_done, fellows: see
-    Job.
+    level: load level, which sets the default τ. on_done, sender, fellows: see Job.
     """
     manifest = served.model.manifest
-    request.check(manifest)
-    request.windows = min(request.windows, most_windows(manifest.max_tokens))
     check_texts(request, served)
     try:
-        choice = served.rules.choose(entry.options, level, request.tenant)
+        choice = served.rules.choose(entry.options, level, sender.tenant)
     except RequestError as error:
         raise error.inside(entry.where) from None
     choice = with_spans(choice, request, manifest)
     flag = _flag_of(request, manifest, choice)
-    return Job(served, choice, request, on_done, own_options=entry.options, fellows=fellows, flag=flag)
+    return Job(
+        served, choice, request, on_done, own_options=entry.options, fellows=fellows, flag=flag, sender=sender
+    )
 
 
 def jobs_of(
@@ -379,6 +381,7 @@ def jobs_of(
     request: Request,
     level: int,
     on_done: Callable[[Exception | None], None],
+    sender: Sender = NOBODY,
 ) -> Job:
     """Create the jobs of a request to models that have the same encoder; returns the first, with its fellows.
 
@@ -386,15 +389,15 @@ def jobs_of(
     encoder.
     """
     entries = request.entries
-    _check_spans(request, [one.model.manifest for one in served])
+    request = planned(request, [one.model.manifest for one in served])
     if len(served) > 1:
         _check_upstreams([one.model.manifest for one in served], entries)
         check_encoders([one.model for one in served], [entry.where for entry in entries])
     fellows = [
-        job_of(one, request, entry, level, lambda _: None)
+        job_of(one, request, entry, level, lambda _: None, sender)
         for one, entry in zip(served[1:], entries[1:], strict=True)
     ]
-    return job_of(served[0], request, entries[0], level, on_done, fellows)
+    return job_of(served[0], request, entries[0], level, on_done, sender, fellows)
 
 
 def _check_upstreams(manifests: Sequence[Manifest], entries: Sequence[Entry]) -> None:
@@ -426,11 +429,7 @@ def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:
 
 
 def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
-    """Raise RequestError for span options that the models cannot have, and for a protocol that cannot return spans.
-
-    Long texts run in windows for token classifiers. With other models, which may answer differently in windows, texts
-    are truncated unless the request says otherwise.
-    """
+    """Raise RequestError for span options that the models cannot have, and for a protocol that cannot return spans."""
     are_spans = [one.is_spans for one in manifests]
     if any(are_spans) and not request.takes_spans:
         name = manifests[are_spans.index(True)].full_name
@@ -442,10 +441,26 @@ def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
         field = next((name for name, is_given in given if is_given), request.spans.names[0])
         what = f"{manifests[0].full_name} is not a token classifier: it finds no spans"
         raise RequestError(f"{field}: {what}", field)
+
+
+def planned(request: Request, manifests: Sequence[Manifest]) -> Request:
+    """The request as models are to answer it on one pass; raises RequestError if one of them cannot.
+
+    Long texts run in windows for token classifiers. With other models, which may answer differently in windows, texts
+    are truncated unless the request says otherwise.
+    """
+    _check_spans(request, manifests)
+    for manifest in manifests:
+        request = request.for_model(manifest)
+    windows, truncate = request.windows, request.truncate
     if request.is_private:
-        request.windows, request.truncate = MAX_WINDOWS, False
-    elif all(are_spans) and not request.is_one_window:
-        request.windows = MAX_WINDOWS
+        windows, truncate = MAX_WINDOWS, False
+    elif all(one.is_spans for one in manifests) and not request.is_one_window:
+        windows = MAX_WINDOWS
+    windows = min(windows, *(most_windows(one.max_tokens) for one in manifests))
+    if (windows, truncate) == (request.windows, request.truncate):
+        return request
+    return replace(request, windows=windows, truncate=truncate)
 
 
 def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
@@ -453,13 +468,14 @@ def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
 
     The calibration covers only the spans that the model returns without options.
     """
-    if not manifest.is_spans or request.spans is None:
+    kind = manifest.kind
+    if not isinstance(kind, Spans) or request.spans is None:
         return choice
     spans = request.spans.rule_for(manifest)
-    if spans != manifest.span_rule:
+    if spans != kind.rule:
         choice = replace(choice, certificate=None, expected=None)
     budget_s = None if request.is_private else choice.budget_s
-    return replace(choice, rule=replace(choice.rule, spans=spans), budget_s=budget_s)
+    return replace(choice, rule=replace(choice.rule, kind=Spans(spans)), budget_s=budget_s)
 
 
 def _depth(served: Served) -> int:
@@ -475,9 +491,9 @@ def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | Non
     if unknown := [name for name in names if name not in known]:
         why = ", ".join(known[:20]) or "its texts have no classes"
         raise RequestError(f"flag: {unknown[0][:100]!r} is not a label of {manifest.name}: {why}", "flag")
-    labels, thresholds = [known.index(name) for name in names], choice.rule.thresholds
+    labels, kind = [known.index(name) for name in names], choice.rule.kind
     if threshold is None:
-        threshold = DEFAULT_THRESHOLD if thresholds is None else sigmoid(thresholds.logits[labels[0]])
+        threshold = sigmoid(kind.logits[labels[0]]) if isinstance(kind, Labels) else DEFAULT_THRESHOLD
     return Flag(labels, threshold)
 
 

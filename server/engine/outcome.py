@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from de3.exits.reading import Reading
+from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading, TextReading, ValueReading
 from de3.exits.rule import ExitReason, ExitRule
 
 
@@ -62,3 +62,21 @@ class Outcome:
     num_windows: int = 1
     decisive: Decisive | None = None
     upstream_s: float = 0.0
+
+    @property
+    def text_reading(self) -> TextReading:
+        """The answer of a model that is not a token classifier."""
+        assert not isinstance(self.reading, SpansReading)
+        return self.reading
+
+    @property
+    def probs(self) -> list[float]:
+        """The probabilities of a model with classes or labels."""
+        assert isinstance(self.reading, ClassReading | LabelsReading)
+        return self.reading.probs
+
+    @property
+    def value(self) -> float:
+        """The answer of a regression model."""
+        assert isinstance(self.reading, ValueReading)
+        return self.reading.value

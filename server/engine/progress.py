@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from de3.exits.rule import ExitRule
-from de3.exits.windows import EXPECTED_CHANGE, Combination, Flag, SpanCombination
+from de3.exits.windows import EXPECTED_CHANGE, Flag, combination
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Tokenization, Windows
@@ -18,14 +18,9 @@ class WindowProgress:
     """
 
     def __init__(self, windows: Windows, rule: ExitRule, flag: Flag | None) -> None:
-        thresholds = None if rule.thresholds is None else rule.thresholds.logits
         self.ran: list[Window] = []
         self.tokens, self.model_s = 0, 0.0
-        self.combination: Combination | SpanCombination
-        if rule.spans is not None:
-            self.combination = SpanCombination([(span.start, span.end) for span in windows.spans])
-        else:
-            self.combination = Combination([span.new for span in windows.spans], thresholds, flag)
+        self.combination = combination(rule.kind, windows.spans, flag)
 
     def add(self, decision: Decision, forward: ForwardPass) -> None:
         """Record a window that ran, unless the deadline passed before its first exit."""

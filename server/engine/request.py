@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from de3.exits.spans import OUTSIDE, Aggregation, SpanRule
 from de3.model_store.manifest import Manifest
@@ -90,9 +90,28 @@ class Entry(NamedTuple):
     where: str
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who sent a request.
+
+    Attributes:
+        client: fair-share key; the engine's time is shared between clients.
+        tenant: name of the request's API key, or empty; a guarantee holds for each tenant.
+        expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s` (see Settings) after
+            its submission.
+    """
+
+    client: str = ""
+    tenant: str = ""
+    expires_at: float | None = None
+
+
+NOBODY = Sender()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """Texts to classify, and their options; every protocol parses its bodies into a Request.
+    """Texts to classify, and their options: what was asked. Every protocol parses its bodies into a Request.
 
     Attributes:
         input_name: the protocol's field for the texts, for error messages.
@@ -106,10 +125,6 @@ class Request:
         windows: maximum number of windows into which a long text is split.
         flag: names of labels to watch for in the windows, and the probability from which a text is flagged (None: the
             label's own threshold, or 0.5 if it has none or there are several). None: no label is watched.
-        client: fair-share key; the engine's time is shared between clients.
-        tenant: name of the request's API key, or empty; a guarantee holds for each tenant.
-        expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s` (see Settings) after
-            its submission.
         spans: options for the spans of token classifiers; None: none are set.
         is_one_window: a long text is truncated, also for a token classifier, which otherwise reads it in windows.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
@@ -129,9 +144,6 @@ class Request:
     ood: bool = False
     windows: int = 1
     flag: tuple[Sequence[str], float | None] | None = None
-    client: str = ""
-    tenant: str = ""
-    expires_at: float | None = None
     spans: SpanOptions | None = None
     is_one_window: bool = False
     keeps_errors: bool = False
@@ -153,8 +165,9 @@ class Request:
         """True if the model can answer this kind of request; chooses the model if a request does not name one."""
         return manifest.is_spans if self.spans is not None else self.takes_spans or not manifest.is_spans
 
-    def check(self, manifest: Manifest) -> None:
-        """Raise RequestError if the model cannot answer this kind of request; subclasses override it."""
+    def for_model(self, manifest: Manifest) -> Self:
+        """The request as a model is to answer it; raises RequestError if it cannot. Subclasses override it."""
+        return self
 
     def name_of(self, index: int) -> str:
         """The name of one text in error messages: the field, with an index if the request has several texts."""

@@ -89,8 +89,7 @@ def _outcome_of(item: Item) -> Outcome:
     if combination is not None:
         reading = combination.reading(last=reading)
     for one in (*passed, reading):
-        if one.tokens is not None:
-            one.tokens.finish()  # here and not on the event loop, which a long text would block for 0.1 s
+        one.finish()  # here and not on the event loop, which a long text would block for 0.1 s
     pending_s = perf_counter() - item.job.submitted - progress.tokenize_s - progress.model_s
     if item.is_sampled and item.job.monitor is not None:
         item.job.monitor.sample(passed[0])

@@ -6,13 +6,13 @@ A detection is a label of a text, or a span of a token classifier. `detector_par
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Self
 
 import orjson
 from pydantic import BeforeValidator, Field
 
-from de3.exits.reading import Reading
+from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading, ValueReading
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
@@ -47,7 +47,7 @@ def safe_labels(manifest: Manifest) -> frozenset[str] | None:
     return named if 0 < len(named) < len(manifest.labels) else None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Detection(Request):
     """A request for the labels of texts that are not safe, or for the spans of a token classifier.
 
@@ -80,43 +80,41 @@ class Detection(Request):
             return self.safe is None
         return manifest.has_classes and self.labels is None
 
-    def check(self, manifest: Manifest) -> None:
-        """Set the windows, and the safe labels and the flag, or the options for spans, for a model.
+    def for_model(self, manifest: Manifest) -> Self:
+        """With windows, and the safe labels and the flag, or the options for spans.
 
         Raises RequestError for a regression model, for a parameter or label that the model does not have, and if it is
         not known which labels are safe.
         """
-        self.windows, self.truncate = MAX_WINDOWS, False
         name, labels = manifest.full_name, manifest.labels
         if manifest.is_spans:
-            self._check_spans(name)
-            return
+            return replace(self, windows=MAX_WINDOWS, truncate=False, spans=self._spans_of(name))
         if self.labels is not None:
             raise self.refusal("labels", f"{name} is not a token classifier: it finds no spans")
         if manifest.tolerance is not None:
             raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
-        if self.safe is None:
-            self.safe = safe_labels(manifest)
-        if self.safe is None:
+        safe = safe_labels(manifest) if self.safe is None else self.safe
+        if safe is None:
             shown = ", ".join(labels[:20])
             raise RequestError(
                 f"model: the names of {name}'s labels do not show which mean safe: {shown}; {self.hint}",
                 "model",
             )
-        if unknown := sorted(self.safe.difference(labels)):
+        if unknown := sorted(safe.difference(labels)):
             raise self.refusal("safe_labels", f"{unknown[0][:100]!r} is not a label of {name}")
-        unsafe = [label for label in labels if label not in self.safe]
-        if len(unsafe) == 1 or (self.safe and unsafe and manifest.thresholds is None):
-            self.flag = unsafe, self.threshold
+        unsafe = [label for label in labels if label not in safe]
+        watches = len(unsafe) == 1 or (safe and unsafe and manifest.thresholds is None)
+        flag = (unsafe, self.threshold) if watches else None
+        return replace(self, windows=MAX_WINDOWS, truncate=False, safe=safe, flag=flag)
 
-    def _check_spans(self, name: str) -> None:
+    def _spans_of(self, name: str) -> SpanOptions:
         if self.safe is not None:
             what = (
                 f"{name} is a token classifier: all its spans are detections, or those with the given labels"
             )
             raise self.refusal("safe_labels", what)
         names = (f"{self.params}labels", "", f"{self.params}threshold", "")
-        self.spans = SpanOptions(
+        return SpanOptions(
             kept=self.labels, min_score=self.threshold or 0.0, templates=self.templates, names=names
         )
 
@@ -135,34 +133,32 @@ class Detection(Request):
         return found
 
     def _found(self, reading: Reading, labels: list[str]) -> list[tuple[str, float]]:
-        if reading.tokens is not None:
-            return [(span.label, span.score) for span in reading.tokens.spans]
+        if isinstance(reading, SpansReading):
+            return [(span.label, span.score) for span in reading.spans]
+        assert not isinstance(reading, ValueReading)  # see for_model
         unsafe = [k for k, label in enumerate(labels) if label not in (self.safe or ())]
-        if self.threshold is None and reading.labels is not None:
+        if self.threshold is None and isinstance(reading, LabelsReading):
             return [(labels[k], reading.probs[k]) for k in unsafe if k in reading.labels]
         least = THRESHOLD if self.threshold is None else self.threshold
         found = [(labels[k], reading.probs[k]) for k in unsafe if reading.probs[k] >= least]
         together = sum(reading.probs[k] for k in unsafe)
-        if not found and self.safe and reading.labels is None and together >= least:
+        if not found and self.safe and isinstance(reading, ClassReading) and together >= least:
             found = [(labels[max(unsafe, key=reading.probs.__getitem__)], together)]
         return found
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class ContentsRequest(Detection):
     """A request in this protocol."""
 
     input_name: ClassVar[str] = "contents"
     params: ClassVar[str] = "detector_params: "
 
-    def check(self, manifest: Manifest) -> None:
-        """Set the windows, the safe labels and the flag for a model.
-
-        Raises RequestError as Detection.check does, and if the response could be too long.
-        """
-        Detection.check(self, manifest)  # super() does not work in a dataclass with slots
+    def for_model(self, manifest: Manifest) -> Self:
+        """As Detection.for_model; also raises RequestError if the response could be too long."""
+        request = Detection.for_model(self, manifest)  # super() does not work in a dataclass with slots
         if manifest.is_spans:  # a span repeats its own characters only
-            return
+            return request
         most, params = len(manifest.labels), "detector_params"
         if manifest.thresholds is None:  # probabilities add up to 1
             most = min(most, int(1 / max(THRESHOLD if self.threshold is None else self.threshold, 1e-9)))
@@ -173,6 +169,7 @@ class ContentsRequest(Detection):
                 "repeats its text; give a higher threshold or shorter texts",
                 params,
             )
+        return request
 
 
 def _contents(value: Any) -> list[Text]:
@@ -231,7 +228,7 @@ def serialize(_: str, job: Job) -> bytes:
 def _detections(
     text: str, outcome: Outcome, labels: list[str], request: ContentsRequest
 ) -> list[dict[str, Any]]:
-    if (tokens := outcome.reading.tokens) is not None:
+    if isinstance(outcome.reading, SpansReading):
         check_all_ran(outcome)
         return [
             {
@@ -242,7 +239,7 @@ def _detections(
                 "detection_type": span.label,
                 "score": round(span.score, DECIMALS),
             }
-            for span in tokens.spans
+            for span in outcome.reading.spans
         ]
     start, end = (
         (0, len(text)) if outcome.decisive is None else (outcome.decisive.start, outcome.decisive.end)

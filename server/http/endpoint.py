@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from de3.server.background import failures
 from de3.server.engine.job import Job
-from de3.server.engine.request import Request
+from de3.server.engine.request import Request, Sender
 from de3.server.errors import RequestError
 from de3.server.fields import LARGE_BODY_BYTES
 from de3.server.http import errors
@@ -103,9 +103,8 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         await charge.raise_to(1)
         raise
     await charge.raise_to(max(1, len(request.texts) * len(request.entries)))
-    exchange.inference = inference = Inference(request)
-    request.client, request.tenant = client, exchange.owner
-    request.expires_at = exchange.started + settings.timeout_s
+    sender = Sender(client, exchange.owner, exchange.started + settings.timeout_s)
+    exchange.inference = inference = Inference(request, sender)
     try:
         return await inference.run(service)
     finally:  # a failed request is also charged for the texts that ran

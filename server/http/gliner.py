@@ -5,12 +5,13 @@ sent. Spans that overlap are merged, and, unlike GLiNER's server, repeated ones 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Self
 
 import orjson
 from pydantic import BeforeValidator, Field
 
+from de3.exits.kinds import Spans
 from de3.exits.spans import merged
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
@@ -28,7 +29,7 @@ EXAMPLE = '{"text": "a text"}'
 THRESHOLD = 0.5  # as GLiNER's server
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class ExtractRequest(Request):
     """A request in this protocol.
 
@@ -50,24 +51,23 @@ class ExtractRequest(Request):
         """True for a token classifier."""
         return manifest.is_spans
 
-    def check(self, manifest: Manifest) -> None:
-        """Set the windows and the options for spans; raises RequestError for any other model than a token classifier.
+    def for_model(self, manifest: Manifest) -> Self:
+        """With windows and options for spans; raises RequestError for any other model than a token classifier.
 
         A label that the model does not have is refused when its rule is made, as the rail would miss it.
         """
-        rule = manifest.span_rule
-        if rule is None:
+        if not isinstance(kind := manifest.kind, Spans):
             raise RequestError(
                 f"model: {manifest.full_name} is not a token classifier: it finds no entities", "model"
             )
-        kept = self.asked
+        kept, asked = self.asked, dict[str, str]()
         if kept is not None:
-            labels = {name.casefold(): name for name in rule.names}
+            labels = {name.casefold(): name for name in kind.rule.names}
             kept = [labels.get(name.casefold(), name) for name in kept]
-            self.names = dict(zip(kept, self.asked or (), strict=True))
-        self.windows, self.truncate = MAX_WINDOWS, False
+            asked = dict(zip(kept, self.asked or (), strict=True))
         names = "labels", "", "threshold", ""
-        self.spans = SpanOptions(kept=kept, min_score=self.threshold, merges=True, names=names)
+        spans = SpanOptions(kept=kept, min_score=self.threshold, merges=True, names=names)
+        return replace(self, windows=MAX_WINDOWS, truncate=False, spans=spans, names=asked)
 
 
 def _text(value: Any) -> str:
@@ -105,10 +105,9 @@ def serialize(_: str, job: Job) -> bytes:
     assert isinstance(job.request, ExtractRequest)
     (item,), names = job.request.texts, job.request.names
     (outcome,) = job.outcomes()
-    assert outcome.reading.tokens is not None
     check_all_ran(outcome)
     text, entities, tagged, at = item.text, list[dict[str, Any]](), "", 0
-    for start, end, name, score in merged(outcome.reading.tokens.spans):
+    for start, end, name, score in merged(outcome.reading.spans):
         value, label = text[start:end], names.get(name, name)
         entities.append(
             {

@@ -5,8 +5,8 @@ A classifier blocks texts or lets them pass. A token classifier redacts the span
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import orjson
 from pydantic import BeforeValidator, Field
@@ -25,7 +25,7 @@ EXAMPLE = '{"texts": ["a text"]}'
 PARAMETERS = "additional_provider_specific_params"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class GuardrailRequest(Detection):
     """A request in this protocol.
 
@@ -49,26 +49,27 @@ class GuardrailRequest(Detection):
             return self.label is None
         return self.policy != "redact" and Detection.fits(self, manifest)
 
-    def check(self, manifest: Manifest) -> None:
-        """Set the windows, and the safe labels and the flag, or the options for spans, for a model.
+    def for_model(self, manifest: Manifest) -> Self:
+        """With windows, and the safe labels and the flag, or the options for spans.
 
         Raises RequestError for a regression model, and for a parameter or label that the model does not have.
         """
-        name = manifest.full_name
+        name, safe, templates = manifest.full_name, self.safe, self.templates
         if manifest.is_spans:
             if self.label is not None:
                 raise self.refusal(
                     "label", f"{name} is a token classifier: give labels, those of the spans to find"
                 )
-            self.templates = None if self.policy == "block" else {}
+            templates = None if self.policy == "block" else {}
         elif self.policy == "redact":
             raise self.refusal("policy", f"{name} is not a token classifier: it can only block texts")
         elif self.label is not None and manifest.has_classes:
             if self.label not in manifest.labels:
                 labels = ", ".join(manifest.labels[:20])
                 raise self.refusal("label", f"{self.label[:100]!r} is not a label of {name}: {labels}")
-            self.safe = frozenset(manifest.labels) - {self.label}
-        Detection.check(self, manifest)  # super() does not work in a dataclass with slots
+            safe = frozenset(manifest.labels) - {self.label}
+        # super() does not work in a dataclass with slots.
+        return Detection.for_model(replace(self, safe=safe, templates=templates), manifest)
 
 
 def _texts(value: Any) -> list[str]:
@@ -136,12 +137,8 @@ def serialize(_: str, job: Job) -> bytes:
 
 
 def _redacted(texts: Sequence[str], job: Job) -> list[str]:
-    readings = iter(outcome.reading for outcome in job.outcomes())
-    found = [next(readings).tokens if text.strip() else None for text in texts]
-    return [
-        text if tokens is None else redacted(text, tokens.spans)
-        for text, tokens in zip(texts, found, strict=True)
-    ]
+    outcomes = iter(job.outcomes())
+    return [redacted(text, next(outcomes).reading.spans) if text.strip() else text for text in texts]
 
 
 GUARDRAIL = Protocol(parse, serialize, example=EXAMPLE)

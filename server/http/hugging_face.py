@@ -6,14 +6,15 @@ effect, as the windows of long texts always overlap. Spans are `{"entity_group",
 `entity` instead of `entity_group` if the strategy is `none`; `word` is the slice of the text as sent.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import orjson
 from pydantic import BeforeValidator, Field
 
-from de3.exits.reading import Reading, read, sigmoid
+from de3.exits.kinds import Spans
+from de3.exits.reading import TextReading, ValueReading, read, sigmoid
 from de3.exits.spans import Aggregation
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
@@ -31,7 +32,7 @@ Function = Literal["softmax", "sigmoid", "none"]
 EXAMPLE = '{"inputs": "a text"}'
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class TaskRequest(Request):
     """A request in this protocol, with the options for its response.
 
@@ -58,8 +59,8 @@ class TaskRequest(Request):
         # super() does not work in a dataclass with slots.
         return Request.fits(self, manifest) and not (manifest.is_spans and self.only_classes)
 
-    def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for a parameter that a token classifier does not have.
+    def for_model(self, manifest: Manifest) -> Self:
+        """The request for a model; raises RequestError for a parameter that a token classifier does not have.
 
         Unless `truncation` is given, a token classifier refuses a text that is longer than its windows, as the response
         cannot say that a part was not read.
@@ -70,7 +71,8 @@ class TaskRequest(Request):
                 self.only_classes,
             )
         if manifest.is_spans and not self.is_one_window:
-            self.truncate = False
+            return replace(self, truncate=False)
+        return self
 
 
 def _text(value: Any, where: str) -> Text:
@@ -166,7 +168,7 @@ def serialize(_: str, job: Job) -> bytes:
         entities = [_entities(item) for item in job.items]
         return orjson.dumps(entities if job.request.is_list else entities[0])
     labels, request = job.model.manifest.labels, job.request
-    rows = [_scores(outcome.reading, labels, request) for outcome in job.outcomes()]
+    rows = [_scores(outcome.text_reading, labels, request) for outcome in job.outcomes()]
     return orjson.dumps(rows if job.request.is_nested else rows[0])
 
 
@@ -176,11 +178,13 @@ def _entities(item: Item) -> list[dict[str, Any]]:
     Without those that repeat another, such as the pieces of one emoji, and those without characters: vLLM's semantic
     router refuses them.
     """
-    assert item.outcome is not None and item.outcome.reading.tokens is not None
-    check_all_ran(item.outcome)
-    text, tokens = item.text.text, item.outcome.reading.tokens
-    name = "entity" if tokens.rule.aggregation == "none" else "entity_group"
-    distinct = {span[:3]: span for span in tokens.spans if span.start < span.end}
+    outcome, text = item.outcome, item.text.text
+    assert outcome is not None
+    check_all_ran(outcome)
+    kind = outcome.rule.kind
+    assert isinstance(kind, Spans)
+    name = "entity" if kind.rule.aggregation == "none" else "entity_group"
+    distinct = {span[:3]: span for span in outcome.reading.spans if span.start < span.end}
     return [
         {
             name: span.label,
@@ -193,19 +197,19 @@ def _entities(item: Item) -> list[dict[str, Any]]:
     ]
 
 
-def _scores(reading: Reading, labels: list[str], request: TaskRequest) -> list[dict[str, Any]]:
-    function = request.function or ("none" if reading.value is not None else None)
+def _scores(reading: TextReading, labels: list[str], request: TaskRequest) -> list[dict[str, Any]]:
+    function = request.function or ("none" if isinstance(reading, ValueReading) else None)
     best = ranked(_apply(function, reading), labels, request.top_k, exact=function == "none")
     return [{"label": label, "score": score} for score, label in best]
 
 
-def _apply(function: Function | None, reading: Reading) -> list[float]:
+def _apply(function: Function | None, reading: TextReading) -> list[float]:
     if function == "none":
         return reading.logits
-    if function is None:
+    if function is None and not isinstance(reading, ValueReading):
         return reading.probs
     if function == "softmax":
-        return [1.0] if reading.value is not None else read(reading.layer, reading.logits, None).probs
+        return [1.0] if isinstance(reading, ValueReading) else read(reading.layer, reading.logits, None).probs
     return [sigmoid(x) for x in reading.logits]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BeforeValidator, Field
 
+from de3.exits.reading import TextReading, ValueReading
 from de3.server.answer import rounded
 from de3.server.classification import text_of
 from de3.server.engine.job import Job
@@ -50,15 +51,13 @@ def parse(call: Call) -> PredictRequest:
 
 def serialize(_: str, job: Job) -> bytes:
     """{"predictions"}: for each text, the probability of each label by its number, or a regression model's value."""
-    readings = [outcome.reading for outcome in job.outcomes()]
-    return orjson.dumps(
-        {
-            "predictions": [
-                {str(k): p for k, p in enumerate(rounded(r.probs))} if r.value is None else r.value
-                for r in readings
-            ]
-        }
-    )
+    return orjson.dumps({"predictions": [_prediction(outcome.text_reading) for outcome in job.outcomes()]})
+
+
+def _prediction(reading: TextReading) -> dict[str, float] | float:
+    if isinstance(reading, ValueReading):
+        return reading.value
+    return {str(k): p for k, p in enumerate(rounded(reading.probs))}
 
 
 PREDICT = Protocol(parse, serialize, message_body, example=EXAMPLE)

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from de3.exits.bound import CONFIDENCE
+from de3.exits.kinds import Spans
 from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import Auditor
@@ -119,7 +120,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "thresholds": manifest.thresholds,
         "tolerance": manifest.tolerance,
         "aggregation": manifest.aggregation,
-        "span_labels": None if manifest.span_rule is None else manifest.span_rule.names,
+        "span_labels": kind.rule.names if isinstance(kind := manifest.kind, Spans) else None,
         "precision": manifest.precision,
         "defaults": manifest.defaults.model_dump(by_alias=True) | {"signal": manifest.default_signal.name},
         "signals": [s.name for s in signals_of(manifest.traits)] if len(manifest.exit_layers) > 1 else [],

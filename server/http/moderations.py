@@ -19,7 +19,7 @@ from de3.server.options import OptionFields
 EXAMPLE = '{"input": "a text"}'
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class ModerationRequest(Detection):
     """A request that a multi-label model, or one with a safe class, can answer.
 
@@ -84,13 +84,13 @@ def serialize(request_id: str, job: Job) -> bytes:
 
 def _result(outcomes: Sequence[Outcome], request: ModerationRequest, manifest: Manifest) -> dict[str, Any]:
     """The result of one input, from its parts: the highest score of each label that is not safe."""
-    readings = [outcome.reading for outcome in outcomes]
+    probs = [max(column) for column in zip(*(outcome.probs for outcome in outcomes), strict=True)]
     given = {name for outcome in outcomes for name, _ in request.found(outcome, manifest.labels)}
     names = [(k, name) for k, name in enumerate(manifest.labels) if name not in (request.safe or ())]
     return {
         "flagged": bool(given),
         "categories": {name: name in given for _, name in names},
-        "category_scores": {name: round(max(r.probs[k] for r in readings), 6) for k, name in names},
+        "category_scores": {name: round(probs[k], 6) for k, name in names},
         "category_applied_input_types": {name: ["text"] if name in given else [] for _, name in names},
         "exit_layer": max(outcome.layer for outcome in outcomes),
     }

@@ -8,13 +8,14 @@ in `parameters`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import orjson
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from de3.exits.kinds import Value
 from de3.model_store.manifest import Manifest
 from de3.server.answer import rounded
 from de3.server.engine.job import Job
@@ -32,7 +33,7 @@ HEADER_LENGTH = b"inference-header-content-length"
 EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a text"]}]}'
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class InferRequest(Request):
     """A request in this protocol, with the options for its response.
 
@@ -46,14 +47,15 @@ class InferRequest(Request):
     id: str | None = None
     outputs: Sequence[str] = ()
 
-    def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for an output that the model does not have."""
+    def for_model(self, manifest: Manifest) -> Self:
+        """The same request; raises RequestError for an output that the model does not have."""
         for name in self.outputs:
             if name not in outputs_of(manifest):
                 raise RequestError(
                     f"outputs: {manifest.name} has no {name!r}; available: {', '.join(outputs_of(manifest))}",
                     "outputs",
                 )
+        return self
 
 
 def outputs_of(manifest: Manifest) -> Sequence[str]:
@@ -210,16 +212,16 @@ def serialize(_: str, job: Job) -> bytes:
     request, manifest = job.request, job.model.manifest
     assert isinstance(request, InferRequest)
     outcomes = job.outcomes()
-    tensors: dict[str, dict[str, Any]] = {
-        "label": _tensor("BYTES", [len(outcomes)], job.labels()),
-        "probs": _tensor(
-            "FP64",
-            [len(outcomes), len(manifest.labels)],
-            [p for o in outcomes for p in rounded(o.reading.probs)],
-        ),
-        "value": _tensor("FP64", [len(outcomes)], [o.reading.value for o in outcomes]),
-        "exit_layer": _tensor("INT64", [len(outcomes)], [o.layer for o in outcomes]),
+    count = len(outcomes)
+    tensors = {
+        "label": _tensor("BYTES", [count], job.labels()),
+        "exit_layer": _tensor("INT64", [count], [o.layer for o in outcomes]),
     }
+    if isinstance(manifest.kind, Value):
+        tensors["value"] = _tensor("FP64", [count], [o.value for o in outcomes])
+    else:
+        probs = [p for o in outcomes for p in rounded(o.probs)]
+        tensors["probs"] = _tensor("FP64", [count, len(manifest.labels)], probs)
     names = request.outputs or outputs_of(manifest)
     body = {
         "model_name": manifest.name,

@@ -6,7 +6,7 @@ accept the formats of Jina and Cohere only, as vLLM does.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import orjson
 from pydantic import BeforeValidator, Field
@@ -34,8 +34,8 @@ class PairsRequest(Request):
         """True for a model that scores a pair with a single number."""
         return manifest.tolerance is not None and manifest.input in ("pair", None)
 
-    def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for a model that does not score a pair with a single number."""
+    def for_model(self, manifest: Manifest) -> Self:
+        """The same request; raises RequestError for a model that does not score a pair with a single number."""
         if not self.fits(manifest):
             has = f"has {len(manifest.labels)} outputs"
             why = has if manifest.tolerance is None else "takes single texts"
@@ -44,9 +44,10 @@ class PairsRequest(Request):
                 "such as a cross-encoder",
                 "model",
             )
+        return self
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class RerankRequest(PairsRequest):
     """A query and its documents, as pairs, with the options of the response.
 
@@ -94,7 +95,7 @@ def pairs(query: str, documents: Sequence[str], name: str = "query") -> list[Tex
 
 def scores_of(job: Job, raw: bool) -> list[float]:
     """The scores of a finished job's pairs: the sigmoid of the model's outputs, or the outputs themselves if `raw`."""
-    values = [outcome.reading.value or 0.0 for outcome in job.outcomes()]
+    values = [outcome.value for outcome in job.outcomes()]
     return values if raw else [sigmoid(value) for value in values]
 
 

@@ -21,7 +21,7 @@ EXAMPLE = '{"text_1": "a text", "text_2": ["a text"]}'
 NAMES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoreRequest(PairsRequest):
     """A request in this protocol, with the options for its response.
 

@@ -13,7 +13,7 @@ from de3.server.fields import check_count, check_fields, one_or_more, plain_text
 from de3.server.options import OptionFields
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class LogitsRequest(Request):
     """A request in this protocol, with the options for its response.
 
@@ -49,7 +49,7 @@ def serialize(request_id: str, job: Job) -> bytes:
     assert isinstance(job.request, LogitsRequest)
     rows = [
         {
-            "embedding": outcome.reading.logits,
+            "embedding": outcome.text_reading.logits,
             "meta_info": {"id": request_id, "prompt_tokens": outcome.tokens},
         }
         for outcome in job.outcomes()

@@ -8,7 +8,7 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BeforeValidator, Field
 
-from de3.exits.reading import Reading, sigmoid
+from de3.exits.reading import TextReading, ValueReading, sigmoid
 from de3.server.answer import ranked
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
@@ -26,7 +26,7 @@ ERROR_TYPES: dict[Cause, str] = {
 }
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class PredictRequest(Request):
     """A request in this protocol, with the options for its response.
 
@@ -88,13 +88,13 @@ def serialize(_: str, job: Job) -> bytes:
     """[{"score", "label"}, …], the most probable first; for a batch, a list of such lists."""
     assert isinstance(job.request, PredictRequest)
     labels, raw = job.model.manifest.labels, job.request.raw_scores
-    rows = [_scores(outcome.reading, labels, raw) for outcome in job.outcomes()]
+    rows = [_scores(outcome.text_reading, labels, raw) for outcome in job.outcomes()]
     return orjson.dumps(rows if job.request.is_batch else rows[0])
 
 
-def _scores(reading: Reading, labels: list[str], raw: bool) -> list[dict[str, Any]]:
+def _scores(reading: TextReading, labels: list[str], raw: bool) -> list[dict[str, Any]]:
     # TEI applies the sigmoid to a single output.
-    probs = reading.probs if reading.value is None else [sigmoid(reading.value)]
+    probs = [sigmoid(reading.value)] if isinstance(reading, ValueReading) else reading.probs
     best = ranked(reading.logits if raw else probs, labels, None, exact=raw)
     return [{"score": score, "label": label} for score, label in best]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.exits.criteria import Failures
 from de3.model_store.fitted import Pieces
 
 
@@ -48,8 +49,7 @@ class HeldOut:
         number: position of the text in the traffic, as in Records.
         cut: position of the last text that the fit could read; see model_store.manifest.Learned.
         scores: the signal's score at each exit; None at an exit where it is not defined.
-        differs: for each exit, true if its answer disagrees with the last exit's.
-        missed: see server.audit.tenant.Settled; None also for models that are no token classifiers.
+        failures: by criterion of the model, the exits at which the text fails; see exits.criteria.
     """
 
     client: str
@@ -57,8 +57,7 @@ class HeldOut:
     number: int
     cut: int
     scores: Sequence[float | None]
-    differs: Sequence[bool]
-    missed: Sequence[bool] | None = None
+    failures: Sequence[Failures]
 
     def __post_init__(self) -> None:
         if self.number <= self.cut:

@@ -5,7 +5,7 @@ from math import log
 from time import perf_counter
 from typing import Protocol
 
-from de3.exits.reading import Reading, read
+from de3.exits.reading import ClassReading, read
 from de3.server.engine.job import Item, Job
 from de3.server.engine.outcome import Outcome
 from de3.server.errors import RequestError
@@ -37,7 +37,7 @@ async def ask_upstreams(
     """
     kept = undelivered or Undelivered()
     replies: dict[bytes, Reply] = {}
-    expires_at = job.request.expires_at or job.submitted + settings.timeout_s
+    expires_at = job.sender.expires_at or job.submitted + settings.timeout_s
     unsure = [
         (item, item.outcome)
         for one in job.team
@@ -115,7 +115,7 @@ async def _ask(
     return reply
 
 
-def reading_of(reply: Reply, layer: int, labels: int) -> Reading:
+def reading_of(reply: Reply, layer: int, labels: int) -> ClassReading:
     """An upstream's answer, as the reading of one more exit; layer: the model's last one. labels: K."""
     probs = reply.probs
     if probs is None:
