@@ -37,7 +37,7 @@ from de3.server.audit.audits import Audits
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import MIN_AUDITS, Ledger
 from de3.server.audit.report import Live, report
-from de3.server.audit.state import StateDir, restore, state_of
+from de3.server.audit.state import StateDir, TenantState, restore, state_of
 from de3.server.audit.tenant import MAX_RESETS, Bounded, Settled, Tenant
 from de3.server.engine import audit as audit_engine
 from de3.server.engine.audit import OVERDUE_SHARE, Audit, AuditThreads, run_audits
@@ -569,6 +569,19 @@ def test_only_the_last_resets_are_remembered_but_all_are_counted(store: Path) ->
     assert [r.audits for r in ledger.tenants[""].resets] == list(range(3, MAX_RESETS + 3))
     assert ledger.num_resets["reset"] == MAX_RESETS + 3
     restore(ledger, state_of(ledger, ""))
+
+
+def test_a_state_of_an_earlier_release_has_the_rate_of_missed_spans_in_fields_of_its_own(store: Path) -> None:
+    ledger = guaranteed(store, 0.1)
+    count_all(ledger, range(50))
+    state = state_of(ledger, "")
+    old = state.model_dump(exclude={"criteria"}) | {
+        "missed_counts": [row.model_dump() for row in state.counts],
+        "missed_guarantee": state.guarantee and state.guarantee.model_dump(),
+    }
+    found = TenantState.model_validate(old)
+    assert found.criteria["missed"].model_dump() == found.by_criterion()[0].model_dump()
+    assert found.by_criterion()[0].guarantee == state.guarantee is not None
 
 
 def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_drawn_before_it(
