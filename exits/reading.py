@@ -58,12 +58,7 @@ class ClassReading(_Text):
 
     def risk(self, w: Weights) -> float | None:
         """The sum of risk's weighted features (see signals.Risk); None without the prototypes that it needs."""
-        z = _risk(self.margin, self.entropy, w)
-        if w[4] != 0.0:
-            if self.distance_ratio is None:
-                return None
-            z += w[4] * log(max(self.distance_ratio, SMALLEST))
-        return z
+        return _risk(self.margin, self.entropy, self.distance_ratio, w)
 
 
 @dataclass(slots=True)
@@ -92,8 +87,8 @@ class LabelsReading(_Text):
         return self.labels
 
     def risk(self, w: Weights) -> float | None:
-        """The sum of risk's weighted features (see signals.Risk)."""
-        return _risk(self.margin, self.entropy, w)
+        """The sum of risk's weighted features (see signals.Risk); None for weights that need prototypes."""
+        return _risk(self.margin, self.entropy, None, w)
 
 
 @dataclass(slots=True)
@@ -165,8 +160,11 @@ TextReading = ClassReading | LabelsReading | ValueReading  # K logits for the wh
 Reading = TextReading | SpansReading
 
 
-def _risk(margin: float, entropy: float, w: Weights) -> float:
-    return w[0] + w[1] * margin + w[2] * entropy + w[3] * log(max(entropy, SMALLEST))
+def _risk(margin: float, entropy: float, ratio: float | None, w: Weights) -> float | None:
+    z = w[0] + w[1] * margin + w[2] * entropy + w[3] * log(max(entropy, SMALLEST))
+    if w[4] == 0.0:
+        return z
+    return None if ratio is None else z + w[4] * log(max(ratio, SMALLEST))
 
 
 def read(layer: int, logits: list[float], distances: list[float] | None) -> ClassReading:
