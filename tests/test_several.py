@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,13 @@ def test_each_model_counts(heads: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert over.status_code == 429 and "over your rate limit" in over.text
         assert post("c", 16, 3).json()["error"]["message"].startswith("this request costs 48 texts")
         assert post("c", 16, 1).status_code == 200
+
+
+def test_the_calibrated_texts_of_each_model_are_counted(server: Server) -> None:
+    counted = partial(server.metric, "de3_calibrated_texts_total", model="tiny:1")
+    before = counted()
+    assert server.classify(models=["topics", "tiny"], input=TEXTS[:3]).status_code == 200
+    assert counted() - before == 3
 
 
 def test_out_of_distribution_texts_go_deeper_for_each_model(kernels: Any, heads: Path) -> None:
