@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from de3.exits import bound, calibration
 from de3.exits.calibration import Samples
+from de3.exits.criteria import criteria_of
 from de3.exits.kinds import Spans
 from de3.exits.recorded import RecordedSpans
 from de3.exits.signals import Risk
@@ -64,6 +65,14 @@ def test_the_kinds_of_disagreement_are_any_span_and_a_missed_span() -> None:
     assert r.failures[1][0].shape == (0, 3)
     (row,) = calibration.trade_off(Samples.independent(r), RISK, [0.5], np.full((2, 3), 0.1))
     assert row.disagreement == 0.5
+
+
+def test_a_guarantee_bounds_the_same_failures_text_by_text() -> None:
+    differs, missed = criteria_of(Spans(SpanRule(("O",))))
+    answers = [NONE, Y, Y - X, X]
+    assert differs.failures(answers) == [True, True, True, False]
+    assert missed.failures(answers) == [True, False, True, False]  # a further span is no missed one
+    assert missed.failures([X, NONE]) is None  # nothing can be missed
 
 
 RISK = Risk((None, None, None))
