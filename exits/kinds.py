@@ -32,7 +32,6 @@ from de3.exits.spans import Array, Layout, SpanRule
 class Classes:
     """One of mutually exclusive classes."""
 
-    name: ClassVar[str] = "classes"
     why: ClassVar[str] = "its classes are mutually exclusive"
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> ClassReading:
@@ -72,8 +71,6 @@ class Labels:
 
     logits: tuple[float, ...]
     table: bytes
-    name: ClassVar[str] = "labels"
-    why: ClassVar[str] = "it is a multi-label model"
 
     @classmethod
     def of(cls, probabilities: Iterable[float]) -> "Labels":
@@ -121,7 +118,6 @@ class Value:
     """
 
     tolerance: float
-    name: ClassVar[str] = "value"
     why: ClassVar[str] = "its answer is a number"
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> ValueReading:
@@ -150,7 +146,6 @@ class Spans:
     """
 
     rule: SpanRule
-    name: ClassVar[str] = "spans"
     why: ClassVar[str] = "its answer is the spans of a text"
 
     def read(self, layer: int, logits: Array, layout: Layout) -> SpansReading:
@@ -177,10 +172,9 @@ def kind_of_text(thresholds: Iterable[float] | None, tolerance: float | None) ->
 def differs(kind: Kind, one: Answer, other: Answer) -> bool:
     """True if two answers differ: in the class, in a label or span, or in the value by more than the tolerance."""
     match kind:
-        case Value(tolerance):
-            assert isinstance(one, float) and isinstance(other, float)
+        case Value(tolerance) if isinstance(one, float) and isinstance(other, float):
             return not abs(one - other) <= tolerance  # NaN differs from every value
-        case Classes() | Labels() | Spans():
+        case Classes() | Labels() | Value() | Spans():  # a shadow's answer may be of another kind
             return one != other
         case _:
             assert_never(kind)

@@ -255,13 +255,13 @@ class Rules:
 
         Raises RequestError if the model cannot use them.
         """
-        labels, thresholds = self._manifest.labels, self._manifest.thresholds
-        if thresholds is None:
-            message = f"thresholds: {self.name} is not a multi-label model: {self._kind.why}"
+        labels, kind = self._manifest.labels, self._kind
+        if not isinstance(kind, Labels):
+            message = f"thresholds: {self.name} is not a multi-label model: {kind.why}"
             raise RequestError(message, "thresholds")
         if not isinstance(wanted, Mapping):
             return Labels.of([wanted] * len(labels))
-        own = dict(zip(labels, thresholds, strict=True))
+        own = dict(zip(labels, self._manifest.thresholds or (), strict=True))
         unknown = next((name for name in wanted if name not in own), None)
         if unknown is not None:
             there_are = ", ".join(labels[:MAX_NAMED])

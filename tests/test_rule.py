@@ -75,6 +75,7 @@ def test_lambda_may_be_as_large_as_its_limit_and_only_edr_has_one() -> None:
         (1.0, 1.5, 0.5, False),
         (1.0, 1.5, 0.25, True),
         (1.0, math.nan, 0.5, True),
+        (1.0, "good", 0.5, True),
         (1, 1, None, False),
         (1, 2, None, True),
         ([1, 2], [1], None, True),
