@@ -27,7 +27,7 @@ from de3.data.examples import Example
 from de3.exits.guarantee import error_of
 from de3.exits.kinds import CLASSES
 from de3.exits.recorded import Recorded
-from de3.export import fit
+from de3.export import fit, recalibrate
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
 from de3.export.publish import as_stored
@@ -36,7 +36,7 @@ from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
 from de3.model_store.fitted import MOST_PIECES, NO_PIECE, FittedTexts, Pieces, pieces_of
 from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
-from de3.model_store.model import Model
+from de3.model_store.model import Model, fitted_of
 from de3.model_store.records import Records, joined, read
 from de3.model_store.store import Artifact, Store
 from de3.server.audit.ledger import Ledger
@@ -549,6 +549,22 @@ def test_exits_are_imported_from_the_records_of_several_servers(
     assert "b: it is damaged" in refusal(f"import base --records {tmp_path}/b --name x --store {store}")
 
 
+def test_a_learned_version_is_calibrated_on_texts_that_its_exits_have_not_seen(
+    learned: tuple[Artifact, Artifact], some: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recalibrate, "MIN_TEXTS", 20)
+    some.write(tmp_path / "records")
+    fitted = fitted_of(learned[1])
+    assert fitted is not None
+    unseen = int((~fitted.are_near(some.pieces)).sum())
+    made = recalibrate.recalibrate_on_records(
+        learned[1], Store(tmp_path), [tmp_path / "records"], 0.5, "auto"
+    )
+    calibration = Store(tmp_path).open_path(made).manifest.calibration
+    assert calibration is not None and 0 < unseen < len(some) // 2
+    assert calibration.tune_size == unseen // 2 and calibration.certify_size <= unseen
+
+
 @pytest.mark.parametrize(
     ("options", "precision"),
     [
@@ -565,8 +581,11 @@ def test_every_kind_of_model_learns(options: dict[str, Any], precision: Any, tmp
     base = store.open("base")
     old = Model(base, "onnxruntime")
     fitted = learning.fit_exits(records_of(old, texts_of(60, 6)), base.manifest, 1, 0.1)
-    new = Model(store.open_path(learning.publish(base, fitted, store, 1, 60)), "onnxruntime")
+    pairs = Artifact(base.path, base.manifest.model_copy(update={"input": "pair"}))
+    new = Model(store.open_path(learning.publish(pairs, fitted, store, 1, 60)), "onnxruntime")
     assert bool(new.manifest.prototype_layers) == ("problem_type" not in options)
+    for name in ("input", "source", "thresholds", "tolerance", "labels"):
+        assert getattr(new.manifest, name) == getattr(pairs.manifest, name)
     for text in texts_of(5, 14):
         after = check_full_depth(old, new, text)
         for layer, (weight, bias) in enumerate(fitted.exits.classifiers):

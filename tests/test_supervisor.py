@@ -85,8 +85,9 @@ class Idle(Supervisor):
     Create it in an event loop.
     """
 
-    def __init__(self, store: Path, processes: int = 2) -> None:
-        super().__init__(Settings(store=store, processes=processes, drain_s=600), (), [])
+    def __init__(self, store: Path, processes: int = 2, listening: socket.socket | None = None) -> None:
+        settings = Settings(store=store, processes=processes, drain_s=600)
+        super().__init__(settings, (), [] if listening is None else [listening])
         self._over = self.over = asyncio.get_running_loop().create_future()
         self.group, self.pauses = self._group, list[float]()
 
@@ -104,6 +105,13 @@ class Idle(Supervisor):
     def signal(self) -> None:
         """What happens at SIGTERM."""
         self._signalled()
+
+    def listen(self) -> None:
+        self._connections.start()
+
+    async def drain(self) -> None:
+        """Stop, as at the end of the server; the processes have ended."""
+        await self._drain()
 
     async def fail(self, times: int) -> list[float]:
         """Fail to start process 1 a number of times; returns the pauses."""
@@ -311,6 +319,33 @@ async def test_a_report_is_of_all_processes_and_a_reset_known_to_all_when_it_ret
         assert [report[name] for name in ("share", "pending", "excluded")] == [0.5, 4, {"deadline": 2}]
         assert (await coordinator.reset("tiny-int8:1", 0))["tau"] == 0
         assert known == [before.epoch + 1] * 2
+
+
+@in_event_loop
+async def test_a_process_that_replaces_another_knows_every_standing_before_it_serves(store: Path) -> None:
+    settings, group, known = Settings(store=store, processes=2, guarantee=0.2), Group(2), list[Any]()
+    models = SharedModels(settings, group, Weights())
+    manifest = Store(store).open("tiny-int8").manifest
+    standing = models.coordinator.ledgers.serve(manifest, Rules(manifest, settings), "native", 1.0)
+    both: dict[str, Any] = {"load": lambda state: STATE, "sync": lambda: None}
+    told = both | {"standing": lambda *said: known.append(said), "open": lambda: known.append("open")}
+    async with member(1, group, **both) as first, member(2, group, **told) as other:
+        for process in (first, other):
+            await models.load(process)
+        await group.sync()
+    (key, said), opened = known
+    assert (key, said["epoch"], opened) == (fingerprint(manifest), standing.epoch, "open")
+
+
+@in_event_loop
+async def test_pending_connections_are_passed_on_before_the_processes_end(store: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = Idle(store, listening=listening)
+        async with member(1, server.group, is_ready=True) as process:
+            server.listen()
+            with socket.create_connection(listening.getsockname(), timeout=30):
+                await server.drain()
+            assert process.connections == 1
 
 
 @in_event_loop

@@ -282,9 +282,13 @@ def test_a_budget_that_is_shorter_than_a_call(tmp_path: Path, store: Path) -> No
 
 
 def test_a_client_shares_neither_its_answers_nor_the_room_of_others(tmp_path: Path, store: Path) -> None:
-    """A client may have as many texts waiting for an upstream as in the queue, which is shared."""
+    """A client may have as many texts waiting for an upstream as in the queue, which is shared.
+
+    What the calls of all clients cost is for the administrator.
+    """
     keys = "\n".join(f"{letter} {letter * 20}" for letter in "ab")
-    limits: dict[str, Any] = {"api_keys": keys, "max_queue": 64, "max_texts": 64}
+    limits: dict[str, Any] = {"api_keys": keys, "max_queue": 64, "max_texts": 64, "guarantee": 0.1}
+    limits |= {"admin_keys": "c " + 20 * "c"}
     with service(opinion) as upstream:
         of = model_of(tmp_path, LABELS, chat(upstream.url, concurrency=2))
         with served(tmp_path, store, of, **limits) as server, ThreadPoolExecutor(2) as pool:
@@ -301,6 +305,10 @@ def test_a_client_shares_neither_its_answers_nor_the_room_of_others(tmp_path: Pa
             for client in "ba":  # a call for b, and none for a, which has paid for it
                 assert post(client, TEXTS[:1]).status_code == 200
                 assert upstream.texts == [TEXTS[0]]
+            for client, sees_all in (("a", False), ("c", True)):
+                headers = {"Authorization": f"Bearer {client * 20}"}
+                report = httpx.get(f"{server.url}/v1/models/tickets/audit", headers=headers).json()
+                assert ("upstream" in report, "tenants" in report) == (sees_all, True)
             upstream.answer = opinion
             upstream.gate.clear()
             many = pool.submit(post, "a", (TEXTS + TEXTS)[:64])
