@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from de3.bulk.run import Summary
 from de3.model_store.store import Artifact
 from de3.progress import plural
-from de3.server.options import ExitOptions
+from de3.runtime.options import ExitOptions
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 

@@ -16,15 +16,15 @@ from de3.library import checked_text
 from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact
+from de3.runtime.errors import RequestError
+from de3.runtime.upstream_settings import UpstreamModel
 from de3.server.engine.request import Text
-from de3.server.errors import RequestError
 from de3.server.settings import Settings
 from de3.server.upstream.answer import reading_of
 from de3.server.upstream.calls import Calls
 from de3.server.upstream.client import Reply
 from de3.server.upstream.undelivered import key_of
 from de3.server.upstream.usage import Kind, Query
-from de3.server.upstream_settings import UpstreamModel
 
 AHEAD = 4  # slices, in addition to those that run, whose texts may wait for an upstream
 

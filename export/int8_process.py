@@ -15,7 +15,7 @@ from de3.export.cache import artifact_of
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, read_manifest
 from de3.progress import console
-from de3.server.child import limit_memory
+from de3.runtime.child import limit_memory
 
 MAX_CPU_S = 3600
 

@@ -28,7 +28,7 @@ from de3.model_store.manifest import (
 from de3.model_store.model import Weights, exit_weights, read_segments, unit_prototypes
 from de3.model_store.segment_graph import build_exit, exit_tensors
 from de3.model_store.store import Artifact, Draft, Store
-from de3.server.upstream_settings import UpstreamModel
+from de3.runtime.upstream_settings import UpstreamModel
 
 log = logging.getLogger("de3")
 NEVER = -1e4  # logit of a label that the exits do not know

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable
 from time import perf_counter
 
-from de3.server.background import keep_running
+from de3.runtime.background import keep_running
+from de3.runtime.shares import Shares
 from de3.server.engine.engine import Engine
 from de3.server.engine.job import REPLY_S, Job
 from de3.server.models import Models
 from de3.server.overload import TICK_S, Controller
 from de3.server.settings import Settings
-from de3.server.shares import Shares
 
 
 class Admission:

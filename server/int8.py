@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Gauge
 
 from de3.model_store.store import Artifact
-from de3.server.background import run_once
+from de3.runtime.background import run_once
 from de3.server.engine.job import Job
 from de3.server.engine.request import Text
 from de3.server.learn.fitting import FitError, run_idle

@@ -14,11 +14,11 @@ from de3.model_store.manifest import LEARNED_FROM
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, UnknownModelError
 from de3.native.network import Memory
+from de3.runtime.background import in_background, run_once
+from de3.runtime.errors import RequestError
 from de3.server import memory
 from de3.server.audit.audits import Audits
-from de3.server.background import in_background, run_once
 from de3.server.engine.served import Served
-from de3.server.errors import RequestError
 from de3.server.learn.journal import LearnFolder
 from de3.server.metrics import Metrics
 from de3.server.models import MAX_LOADED, Models, Role, Route, by_depth, load

@@ -12,9 +12,9 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
 from de3.native.network import Memory
+from de3.runtime.errors import RequestError
 from de3.server.engine.served import Served
 from de3.server.engine.timing import Timing
-from de3.server.errors import RequestError
 from de3.server.ood import OodMonitor
 from de3.server.rules import Rules
 from de3.server.settings import Settings

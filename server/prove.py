@@ -21,7 +21,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.printable import printable
 from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.model_store.store import Artifact, StoreError
-from de3.server.child import command_of, limit_memory
+from de3.runtime.child import command_of, limit_memory
 
 TIMEOUT_S = 120.0
 MEMORY_BYTES = 2**30  # limit of the process, in addition to COPIES of the artifact's files

@@ -12,8 +12,8 @@ from de3.exits.rule import ExitRule
 from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
-from de3.server.errors import RequestError
-from de3.server.options import CALIBRATED, NEED_AN_EXIT, NO_OPTIONS, ExitOptions
+from de3.runtime.errors import RequestError
+from de3.runtime.options import CALIBRATED, NEED_AN_EXIT, NO_OPTIONS, ExitOptions
 from de3.server.settings import Settings
 
 MAX_NAMED = 20  # signals or labels in a message

@@ -12,14 +12,14 @@ from typing import Any
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.store import Artifact, Store
 from de3.native.network import Memory
+from de3.runtime.background import keep_running
+from de3.runtime.errors import RequestError
 from de3.server import memory
 from de3.server.admission import Admission
 from de3.server.audit.audits import Audits
-from de3.server.background import keep_running
 from de3.server.engine.engine import Engine
 from de3.server.engine.served import Served
 from de3.server.engine.timing import run_longest
-from de3.server.errors import RequestError
 from de3.server.int8 import Int8Check
 from de3.server.learn.journal import LearnFolder
 from de3.server.manager import Manager

@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 from typer import Option
 
-from de3.server.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
-from de3.server.upstream_settings import UpstreamModel
+from de3.runtime.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
+from de3.runtime.upstream_settings import UpstreamModel
 
 PREFIX = "DE3_"
 FROM_FILES = ("upstreams",)  # fields that `de3 serve` reads from .toml files, without a flag or variable

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-from de3.server.background import Task, report_error
-from de3.server.errors import RequestError
+from de3.runtime.background import Task, report_error
+from de3.runtime.errors import RequestError
 
 MAX_WAITING = 16
 T = TypeVar("T")

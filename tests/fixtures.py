@@ -291,8 +291,8 @@ MAKERS = "exits native model_store data training export server/learn tests/nativ
 OTHERS = (
     "pyproject.toml",
     "requirements.lock",
-    "server/child.py",
-    "server/upstream_settings.py",
+    "runtime/child.py",
+    "runtime/upstream_settings.py",
     "tests/fine_tune.py",
 )
 

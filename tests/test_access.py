@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from de3.server.errors import RequestError
+from de3.runtime.errors import RequestError
 from de3.server.http.access import MAX_FILE_BYTES, MAX_KEYS, Access, Charge, Keys, RateLimit
 from de3.server.settings import Settings
 from de3.server.shared import Leases

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from de3.server import child
+from de3.runtime import child
 from de3.server.learn import fitting
 from de3.server.learn.job import Found
 from tests.jobs import fit_job
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 # Starts a child process, prints its pid once its code runs, and waits for it.
 PARENT = """
 import subprocess
-from de3.server.child import command_of
+from de3.runtime.child import command_of
 command = command_of("import time; print(flush=True); time.sleep(600)")
 child = subprocess.Popen(command, stdout=subprocess.PIPE)
 child.stdout.readline()

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from de3.server.errors import RequestError
+from de3.runtime.errors import RequestError
 from de3.server.http.app import PROTOCOLS, create_api
 from de3.server.http.errors import STATUSES
 from de3.server.http.frontend import Frontend

@@ -19,7 +19,8 @@ from unittest import mock
 import pytest
 from httptools import HttpParserError
 
-from de3.server.background import errors
+from de3.runtime.background import errors
+from de3.runtime.shares import Shares
 from de3.server.http import connection, listener
 from de3.server.http.fair import AT_ONCE
 from de3.server.http.listener import BaseConnection, Listener
@@ -31,7 +32,6 @@ from de3.server.http.parser import (
     RequestParser,
 )
 from de3.server.settings import Settings
-from de3.server.shares import Shares
 from tests.serving import Server, in_event_loop, serving, until
 
 GET = b"GET %s HTTP/1.1\r\nHost: localhost\r\n%s\r\n"

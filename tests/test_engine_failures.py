@@ -12,12 +12,13 @@ import httpx
 import pytest
 
 from de3.model_store.tokenizer import TextTokenizer
-from de3.server import failures, service
-from de3.server.background import errors
+from de3.runtime import failures
+from de3.runtime.background import errors
+from de3.runtime.failures import FailureLog
+from de3.server import service
 from de3.server.engine import engine, group
 from de3.server.engine.engine import Engine
 from de3.server.engine.queue import WorkQueue
-from de3.server.failures import FailureLog
 from de3.server.http import endpoint
 from de3.server.service import EngineError
 from tests.serving import Server, process, serving, until, url_when_ready
@@ -95,7 +96,8 @@ def test_an_ended_thread_is_detected(store: Path, monkeypatch: pytest.MonkeyPatc
 
 STUCK = """
 import sys, time
-from de3.server import failures, service
+from de3.server import service
+from de3.runtime import failures
 from de3.server.engine import engine
 from de3.cli import main
 service.CHECK_S, engine.STUCK_CHECKS = 0.05, 8

@@ -7,8 +7,8 @@ import threading
 import httpx
 import pytest
 
-from de3.server.errors import RequestError
-from de3.server.fair_queue import Slots
+from de3.runtime.errors import RequestError
+from de3.runtime.fair_queue import Slots
 from de3.server.http.classify import parse
 from de3.server.http.fair import AT_ONCE, StartQueue
 from de3.server.http.protocol import Call

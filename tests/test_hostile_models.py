@@ -29,8 +29,8 @@ from de3.model_store.segments import session_options
 from de3.model_store.store import Store, StoreError, read_manifest
 from de3.model_store.tokenizer import TextTokenizer
 from de3.model_store.tokenizer_check import MAX_VALUES, TokenizerError, check_tokenizer
+from de3.runtime.background import in_background
 from de3.server import prove
-from de3.server.background import in_background
 from de3.server.engine.timing import Timing
 from de3.server.logs import JsonFormatter, TextFormatter
 from de3.server.models import load

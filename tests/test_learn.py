@@ -39,10 +39,10 @@ from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
 from de3.model_store.model import Model, fitted_of
 from de3.model_store.records import Records, joined, read
 from de3.model_store.store import Artifact, Store
+from de3.runtime.errors import RequestError
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.tenant import Settled
-from de3.server.errors import RequestError
 from de3.server.learn import fitting
 from de3.server.learn.fitting import FitError, run_fit
 from de3.server.learn.job import Found, Job

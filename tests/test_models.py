@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from de3.model_store.store import Store, StoreError
+from de3.runtime.errors import RequestError
 from de3.server import manager
-from de3.server.errors import RequestError
 from de3.server.models import MAX_HISTORY, Models, default_of, find
 from de3.server.service import Service
 from de3.server.settings import Settings

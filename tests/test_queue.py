@@ -10,12 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from de3.runtime.errors import RequestError
+from de3.runtime.fair_queue import FairQueue
 from de3.server.engine.engine import MAX_LEAD_S, Engine
 from de3.server.engine.job import Item, Job
 from de3.server.engine.queue import MAX_GROUP, MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
 from de3.server.engine.served import MAX_STEP_S
-from de3.server.errors import RequestError
-from de3.server.fair_queue import FairQueue
 from tests import jobs
 
 LIMIT = 7
@@ -253,7 +253,7 @@ def test_a_group_has_a_largest_size() -> None:
 
 def test_only_another_recently_active_client_limits_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("de3.server.fair_queue.perf_counter", lambda: now)
+    monkeypatch.setattr("de3.runtime.fair_queue.perf_counter", lambda: now)
     queue, asking = WorkQueue(100), job(1, client="asking")
     queue.charge((asking, 5.0))
     assert queue.lead(asking) < 0  # its own activity does not count
@@ -299,7 +299,7 @@ def test_texts_of_dropped_jobs_are_freed() -> None:
 
 
 def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("de3.server.fair_queue.MAX_CLIENTS", 10)
+    monkeypatch.setattr("de3.runtime.fair_queue.MAX_CLIENTS", 10)
     fair = FairQueue[str](lambda _: False)
     fair.add("pending", "an item")
     for number in range(1, 10):

@@ -7,9 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from de3.server.errors import RequestError
+from de3.runtime.errors import RequestError
+from de3.runtime.shares import Shares
 from de3.server.http.clients import Clients
-from de3.server.shares import Shares
 
 LIMIT = 40
 

@@ -9,8 +9,8 @@ import pytest
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Store
-from de3.server.errors import RequestError
-from de3.server.options import ExitOptions, OptionFields
+from de3.runtime.errors import RequestError
+from de3.runtime.options import ExitOptions, OptionFields
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 from tests.test_hostile_models import edit

@@ -19,10 +19,10 @@ import pytest
 
 from de3.model_store.manifest import encoder_hashes, fingerprint
 from de3.model_store.store import Artifact, Store
+from de3.runtime.background import errors
+from de3.runtime.errors import RequestError
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
-from de3.server.background import errors
-from de3.server.errors import RequestError
 from de3.server.learn.record import Record
 from de3.server.manager import Change, Plan
 from de3.server.models import Route

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from de3.runtime.upstream_settings import MAX_FILE_BYTES, read_upstream
 from de3.server.engine.request import Text
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import FAILURES, GOOD_S, MAX_CLIENTS, MAX_PAUSE_S, PAUSE_S, Breaker, Call
@@ -19,7 +20,6 @@ from de3.server.upstream.labels import MAX_CHARS, Labels
 from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered, key_of
 from de3.server.upstream.upstreams import Upstreams
 from de3.server.upstream.usage import HOUR_S, MAX_STATE_BYTES, SLOT_S, STALE_S, UpstreamUsage
-from de3.server.upstream_settings import MAX_FILE_BYTES, read_upstream
 from tests.upstream import KEY, chat, model_of
 
 LABELS = ["billing", "refund", "card lost", "other"]

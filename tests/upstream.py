@@ -11,9 +11,9 @@ from typing import Any
 
 from de3.export.upstream import artifact_of
 from de3.model_store.store import Store
+from de3.runtime.upstream_settings import UpstreamModel, read_upstream
 from de3.server.service import Service as Serving
 from de3.server.settings import Settings
-from de3.server.upstream_settings import UpstreamModel, read_upstream
 from tests.fixtures import BAD, GOOD
 from tests.serving import Server, running
 

@@ -18,7 +18,7 @@ from de3.commands.models import StoreOption, check_url
 from de3.commands.options import add_parameters, console, fields_of
 from de3.data.tables import Columns, records
 from de3.model_store.printable import printable
-from de3.server.upstream_settings import read_upstreams
+from de3.runtime.upstream_settings import read_upstreams
 
 if TYPE_CHECKING:
     from de3.bulk.parts import Parts
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from de3.bulk.run import Summary
     from de3.client import Client, Row
     from de3.model_store.store import Artifact
+    from de3.runtime.upstream_settings import UpstreamModel
     from de3.server.upstream.upstreams import Caller
-    from de3.server.upstream_settings import UpstreamModel
 
 TOO_MANY_REFUSED = 3  # exit code
 IN_FLIGHT = 8  # concurrent requests to a server, for one file

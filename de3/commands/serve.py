@@ -57,9 +57,9 @@ def serve(
     Example: de3 serve my-org/my-classifier
     """
     from de3.model_store.store import NoModelsError
+    from de3.runtime.upstream_settings import read_upstreams
     from de3.server import logs
     from de3.server.main import serve as run
-    from de3.server.upstream_settings import read_upstreams
 
     logs.configure(values["log_format"])
     given = {name: value for name, value in values.items() if value is not None}

@@ -16,12 +16,12 @@ from typing import Any
 import h11
 from hypothesis import strategies as st
 
-from de3.server.errors import RequestError
+from de3.runtime.errors import RequestError
+from de3.runtime.shares import Shares
 from de3.server.http.connection import MAX_PIPELINED_BYTES, Connection
 from de3.server.http.listener import BODY, Listener
 from de3.server.http.parser import MAX_HEAD_BYTES
 from de3.server.settings import Settings
-from de3.server.shares import Shares
 from lab.fuzzers.edits import spliced
 from lab.fuzzers.run import Finding, Fuzzer
 

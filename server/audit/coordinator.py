@@ -8,11 +8,11 @@ from weakref import WeakKeyDictionary
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
+from de3.runtime.errors import RequestError
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.report import Live, report
 from de3.server.audit.tenant import Settled
-from de3.server.errors import RequestError
 from de3.server.learn.learners import Learners
 from de3.server.learn.record import Record
 from de3.server.rules import Rules, Standing

@@ -15,7 +15,7 @@ from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.segments import Array, Tokens
-from de3.server.background import Backoff, report
+from de3.runtime.background import Backoff, report
 from de3.server.engine.queue import MAX_GROUP, WorkQueue
 from de3.server.engine.served import MAX_STEP_S, Served
 

@@ -11,7 +11,8 @@ from functools import partial
 from threading import Thread
 from time import perf_counter, sleep
 
-from de3.server.background import report
+from de3.runtime.background import report
+from de3.runtime.errors import RequestError
 from de3.server.engine.audit import Audit, AuditThreads
 from de3.server.engine.deadlines import Deadlines
 from de3.server.engine.group import failures, run_group
@@ -20,7 +21,6 @@ from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, run
 from de3.server.engine.served import Served
-from de3.server.errors import RequestError
 
 # A client's deadlines are admitted only up to this lead in engine time over other clients.
 MAX_LEAD_S = 0.1

@@ -6,8 +6,8 @@ from typing import ClassVar, NamedTuple, Self
 
 from de3.exits.spans import OUTSIDE, Aggregation, SpanRule
 from de3.model_store.manifest import Manifest
-from de3.server.errors import RequestError
-from de3.server.options import NO_OPTIONS, ExitOptions
+from de3.runtime.errors import RequestError
+from de3.runtime.options import NO_OPTIONS, ExitOptions
 
 MAX_NAMED = 40  # labels in a message
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import SecretStr
 from starlette.types import Scope
 
-from de3.server.errors import RequestError
+from de3.runtime.errors import RequestError
 from de3.server.settings import Settings
 from de3.server.shared import Leases
 

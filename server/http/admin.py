@@ -10,8 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, model_validator
 
 from de3.model_store.manifest import NAME
+from de3.runtime.errors import RequestError
 from de3.server import fields
-from de3.server.errors import RequestError
 from de3.server.fields import JsonObject
 from de3.server.http.openapi import error
 from de3.server.manager import Change

@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from de3.server.errors import Cause, RequestError
+from de3.runtime.errors import Cause, RequestError
 from de3.server.http import (
     admin,
     detectors,

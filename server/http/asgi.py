@@ -5,8 +5,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
 
-from de3.server.background import failures
-from de3.server.errors import RequestError
+from de3.runtime.background import failures
+from de3.runtime.errors import RequestError
 from de3.server.http.connection import Connection, Handler
 
 

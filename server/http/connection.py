@@ -22,11 +22,11 @@ from urllib.parse import unquote
 from httptools import HttpParserError, HttpParserUpgrade, parse_url
 from starlette.types import Scope
 
-from de3.server.errors import RequestError
+from de3.runtime.errors import RequestError
+from de3.runtime.networks import network_of
 from de3.server.http import errors
 from de3.server.http.listener import BODY, BODY_TIMEOUT_S, HEAD, LINGER, RESPONSE, BaseConnection, Listener
 from de3.server.http.parser import RequestParser
-from de3.server.networks import network_of
 
 MAX_PIPELINED_BYTES = 16 * 1024  # buffered during a response; more stays in the kernel's buffers
 MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending gets the response

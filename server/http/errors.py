@@ -6,7 +6,7 @@ The body is {"error": {"message", "type", "param", "code"}}; a protocol may repl
 import orjson
 from starlette.responses import Response
 
-from de3.server.errors import Cause, RequestError
+from de3.runtime.errors import Cause, RequestError
 
 # By status: its type in OpenAI's format, and the causes that have it.
 _BY_STATUS: dict[int, tuple[str, tuple[Cause, ...]]] = {

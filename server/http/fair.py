@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from de3.server.background import report
+from de3.runtime.background import report
 
 AT_ONCE = 4  # requests started in one iteration of the event loop
 T = TypeVar("T")

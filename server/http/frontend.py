@@ -7,8 +7,9 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 from starlette.types import Scope, Send
 
-from de3.server.errors import RequestError
-from de3.server.fair_queue import Slots
+from de3.runtime.errors import RequestError
+from de3.runtime.fair_queue import Slots
+from de3.runtime.shares import Shares
 from de3.server.http import errors
 from de3.server.http.access import Access
 from de3.server.http.clients import Clients
@@ -17,7 +18,6 @@ from de3.server.http.protocol import Protocol, Route
 from de3.server.http.request_log import RequestLog
 from de3.server.http.traces import Traces, provider
 from de3.server.service import Service
-from de3.server.shares import Shares
 
 
 class Frontend:

@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 
 from de3.model_store.manifest import Manifest
-from de3.server.background import report_unhandled, run_once
+from de3.runtime.background import report_unhandled, run_once
 from de3.server.http.app import PROTOCOLS, create_app
 from de3.server.http.asgi import handler
 from de3.server.http.connection import Connection

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from math import inf
 from time import monotonic
 
-from de3.server.background import report
+from de3.runtime.background import report
 from de3.server.http.fair import StartQueue
 from de3.server.http.frontend import Frontend
 from de3.server.settings import Settings

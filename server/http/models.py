@@ -14,8 +14,8 @@ from de3.exits.bound import CONFIDENCE
 from de3.exits.kinds import Spans
 from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
+from de3.runtime.errors import RequestError
 from de3.server.audit.auditor import Auditor
-from de3.server.errors import RequestError
 from de3.server.http import openapi
 from de3.server.http.access import Access
 from de3.server.service import Service

@@ -13,15 +13,15 @@ from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import sigmoid
 from de3.model_store.manifest import Manifest
+from de3.runtime.errors import RequestError
+from de3.runtime.options import OptionFields
 from de3.server.answer import significant
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
-from de3.server.errors import RequestError
 from de3.server.fields import check_count, check_fields, checked_text, load_json
 from de3.server.http import tei
 from de3.server.http.errors import openai_body
 from de3.server.http.protocol import Call, Protocol
-from de3.server.options import OptionFields
 
 EXAMPLE = '{"query": "a text", "documents": ["a text"]}'
 MAX_QUERY_CHARS = 2**20  # total over all documents, because the query is repeated before each

@@ -11,7 +11,7 @@ from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
 
 from de3.extras import install
-from de3.server.background import report
+from de3.runtime.background import report
 from de3.server.engine.job import Item
 from de3.server.http.exchange import Exchange
 

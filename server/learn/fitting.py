@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from de3.server.background import keep_running
-from de3.server.child import command_of
+from de3.runtime.background import keep_running
+from de3.runtime.child import command_of
 from de3.server.learn.job import Found, Job
 from de3.server.settings import cpu_quota
 

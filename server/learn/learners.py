@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from de3.extras import install
 from de3.model_store.manifest import LEARNED_FROM, Manifest, base_of
 from de3.model_store.store import Artifact, Store, StoreError
-from de3.server.background import keep_running, report, run_once
-from de3.server.errors import RequestError
+from de3.runtime.background import keep_running, report, run_once
+from de3.runtime.errors import RequestError
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
 from de3.server.learn.job import Job
 from de3.server.learn.journal import LearnFolder, Result

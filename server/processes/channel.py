@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-from de3.server.background import report, run_once
-from de3.server.errors import RequestError
+from de3.runtime.background import report, run_once
+from de3.runtime.errors import RequestError
 from de3.server.processes.messages import decode, encode
 
 HEAD_BYTES = 4  # size of the length that precedes each message

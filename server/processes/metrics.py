@@ -7,9 +7,9 @@ from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
+from de3.runtime.background import run_once
+from de3.runtime.errors import RequestError
 from de3.server.audit.coordinator import Coordinator
-from de3.server.background import run_once
-from de3.server.errors import RequestError
 from de3.server.metrics import BackgroundErrors, register_results
 from de3.server.processes.channel import ChannelClosedError
 from de3.server.processes.group import Group, Process

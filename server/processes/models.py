@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from de3.model_store.manifest import Manifest, fingerprint
+from de3.runtime.errors import RequestError
 from de3.server.audit.coordinator import Coordinator
-from de3.server.errors import RequestError
 from de3.server.manager import Plan
 from de3.server.processes.group import Group, Process, ask_all
 from de3.server.processes.messages import decode

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from de3.native.network import Memory, can_share_memory
-from de3.server.background import run_once
+from de3.runtime.background import run_once
 
 CONNECTION, WEIGHTS = b"c", b"w"  # first byte of the messages that carry a file descriptor
 CLOSED = b"x"  # first byte of a message with the number of closed connections

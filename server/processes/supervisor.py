@@ -18,7 +18,7 @@ from typing import Any
 import uvloop
 
 from de3.model_store.store import Artifact, Store
-from de3.server.background import keep_running, report, report_unhandled, run_once
+from de3.runtime.background import keep_running, report, report_unhandled, run_once
 from de3.server.http.access import Access
 from de3.server.http.http_server import hint, say_draining, say_ready, stop_signals, url_of
 from de3.server.models import default_of, find

@@ -6,9 +6,9 @@ from time import perf_counter
 from typing import Protocol
 
 from de3.exits.reading import ClassReading, read
+from de3.runtime.errors import RequestError
 from de3.server.engine.job import Item, Job
 from de3.server.engine.outcome import Outcome
-from de3.server.errors import RequestError
 from de3.server.settings import Settings
 from de3.server.upstream.client import Reply
 from de3.server.upstream.undelivered import Undelivered, key_of

@@ -9,8 +9,8 @@ from threading import Thread
 from time import monotonic
 from typing import Any, TypeVar
 
+from de3.runtime.errors import RequestError
 from de3.server.engine.job import Job
-from de3.server.errors import RequestError
 from de3.server.settings import Settings
 from de3.server.upstream.answer import ask_upstreams
 from de3.server.upstream.client import CallError, Reply

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from de3.server.upstream_settings import folded
+from de3.runtime.upstream_settings import folded
 
 MAX_CHARS = 2**14  # of a normalized reply, so that it takes a few milliseconds of the event loop
 END = ""  # in the tree of labels, the key of a label's number; no word is empty

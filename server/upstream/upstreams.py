@@ -11,16 +11,16 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from de3.server.background import keep_running, run_once
-from de3.server.errors import Cause, RequestError
-from de3.server.fair_queue import Slots
-from de3.server.networks import network_of
+from de3.runtime.background import keep_running, run_once
+from de3.runtime.errors import Cause, RequestError
+from de3.runtime.fair_queue import Slots
+from de3.runtime.networks import network_of
+from de3.runtime.shares import Shares
+from de3.runtime.upstream_settings import UpstreamModel
 from de3.server.settings import Settings
-from de3.server.shares import Shares
 from de3.server.upstream.breaker import Breaker
 from de3.server.upstream.client import CallError, Client, Reply
 from de3.server.upstream.usage import Query, UpstreamUsage
-from de3.server.upstream_settings import UpstreamModel
 
 log = logging.getLogger("de3")
 ATTEMPTS = 3

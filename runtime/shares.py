@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from de3.server.errors import RequestError
+from de3.runtime.errors import RequestError
 
 SPARE = 1 / 8  # extra room for other clients when one holds the whole limit, as a share of the limit
 

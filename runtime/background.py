@@ -9,7 +9,7 @@ from threading import Lock, Thread
 from time import monotonic
 from typing import Any, Literal, TypeVar, get_args
 
-from de3.server.failures import FailureLog
+from de3.runtime.failures import FailureLog
 
 T = TypeVar("T")
 failures = FailureLog(logging.getLogger("de3"))

@@ -13,7 +13,7 @@ PR_SET_PDEATHSIG = 1
 
 def command_of(code: str, *arguments: str) -> list[str]:
     """Command that runs Python code in a process that ends with this one, even if this one is killed."""
-    code = f"from de3.server.child import end_with; end_with({os.getpid()})\n{code}"
+    code = f"from de3.runtime.child import end_with; end_with({os.getpid()})\n{code}"
     # -P: import no modules from the working directory.
     return [sys.executable, "-P", "-X", "utf8", "-c", code, *arguments]
 
