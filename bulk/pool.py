@@ -21,11 +21,11 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.native.network import Memory, can_share_memory
 from de3.runtime.errors import RequestError
+from de3.runtime.settings import RuntimeSettings
 from de3.runtime.upstream_settings import UpstreamModel
 from de3.server.engine.job import check_encoders
 from de3.server.models import by_depth
 from de3.server.processes.number import most_processes
-from de3.server.settings import Settings
 
 # Limits on one request, in texts and in characters: 2¹⁸ characters of 4 bytes are 1 MiB, a server's default body limit.
 MAX_BATCH, MAX_BATCH_CHARS = 32, 2**18
@@ -64,7 +64,7 @@ class LocalPool:
         model cannot be used, if their encoders differ, or if two have the same name.
         """
         prefixes([artifact.manifest.name for artifact in artifacts])
-        settings = Settings.model_validate({"threads": threads or 0})
+        settings = RuntimeSettings(threads=threads or 0)
         self.size = most_processes(settings, artifacts)
         each = max(1, settings.engine_threads() // self.size)
         self._weights: int | None = None

@@ -7,8 +7,8 @@ from de3.bulk.run import Summary
 from de3.model_store.store import Artifact
 from de3.progress import plural
 from de3.runtime.options import ExitOptions
+from de3.runtime.settings import RuntimeSettings
 from de3.server.rules import Rules
-from de3.server.settings import Settings
 
 if TYPE_CHECKING:
     from de3.server.upstream.upstreams import Caller
@@ -58,7 +58,7 @@ def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:
         return "certified: nothing; --max-disagreement chooses τ by a certified bound"
     if options.get("long") == "windows":
         return "certified: nothing, because texts may have several windows"
-    rules = Rules(artifact.manifest, Settings.model_validate({}))
+    rules = Rules(artifact.manifest, RuntimeSettings())
     choice = rules.choose(ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, "")
     if choice.rule.tau == 0 or choice.certificate is None:
         return "certified: every text runs to full depth, as no τ is certified for this rate"

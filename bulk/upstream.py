@@ -17,9 +17,9 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact
 from de3.runtime.errors import RequestError
+from de3.runtime.settings import RuntimeSettings
 from de3.runtime.upstream_settings import UpstreamModel
 from de3.server.engine.request import Text
-from de3.server.settings import Settings
 from de3.server.upstream.answer import reading_of
 from de3.server.upstream.calls import Calls
 from de3.server.upstream.client import Reply
@@ -87,7 +87,7 @@ class UpstreamPool(LocalPool):
         manifests = [artifact.manifest for artifact in artifacts]
         names = prefixes([one.name for one in manifests]) if len(manifests) > 1 else [""]
         self._models = {p: one for p, one in zip(names, manifests, strict=True) if one.upstream is not None}
-        self._calls = Calls(Settings(upstreams=list(upstreams), state_dir=folder), say)
+        self._calls = Calls(RuntimeSettings(upstreams=list(upstreams), state_dir=folder), say)
         self.callers = list(self._calls.upstreams.all.values())
         for caller in self.callers:
             caller.usage.totals.local = 0  # of this run, as it repeats rows of a part that was not complete

@@ -32,6 +32,7 @@ from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact, Store, StoreError, read_manifest
 from de3.native.network import Memory
 from de3.runtime.errors import RequestError
+from de3.runtime.settings import RuntimeSettings
 from de3.runtime.upstream_settings import UpstreamModel, read_upstreams
 from de3.server.answer import ClassifiedText, row_of
 from de3.server.classification import Classification, ClassifyRequest, request_of, text_of
@@ -42,7 +43,6 @@ from de3.server.engine.served import Served
 from de3.server.fields import check_fields
 from de3.server.models import by_depth
 from de3.server.models import load as load_model
-from de3.server.settings import Settings
 
 if TYPE_CHECKING:
     import pyarrow
@@ -160,7 +160,7 @@ class _Loaded:
 
         Raises ValueError if an artifact or a field cannot be used, or if the encoders differ.
         """
-        settings = Settings.model_validate({"threads": threads or 0, "upstreams": upstreams})
+        settings = RuntimeSettings(threads=threads or 0, upstreams=list(upstreams))
         self._prefixes, self._fields = prefixes, fields
         encoders, loaded = Encoders(), dict[Path, Served]()
         for one in sorted(artifacts, key=by_depth):

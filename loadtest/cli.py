@@ -123,7 +123,7 @@ def capacity(
     from de3.loadtest import capacity as search
     from de3.loadtest.report import console
     from de3.loadtest.servers import free_port, ours, running
-    from de3.server.settings import available_cores
+    from de3.runtime.cores import available_cores
 
     samples = read(texts, text_column)
 

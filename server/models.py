@@ -13,6 +13,7 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
 from de3.native.network import Memory
 from de3.runtime.errors import RequestError
+from de3.runtime.settings import RuntimeSettings
 from de3.server.engine.served import Served
 from de3.server.engine.timing import Timing
 from de3.server.ood import OodMonitor
@@ -81,7 +82,7 @@ def by_depth(artifact: Artifact) -> int:
 
 def load(
     artifact: Artifact,
-    settings: Settings,
+    settings: RuntimeSettings,
     check: Callable[[], None] = lambda: None,
     is_proved: bool = False,
     memory_of: Callable[[str], Memory | None] = lambda _: None,
@@ -108,7 +109,7 @@ def load(
         raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
 
 
-def _check_upstream(manifest: Manifest, settings: Settings) -> None:
+def _check_upstream(manifest: Manifest, settings: RuntimeSettings) -> None:
     """Raise ValueError unless the settings have the upstream of a model, if it has one."""
     known = {(of.name, of.hash) for of in settings.upstreams}
     if manifest.upstream is not None and (manifest.name, manifest.upstream) not in known:

@@ -14,7 +14,7 @@ from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.runtime.errors import RequestError
 from de3.runtime.options import CALIBRATED, NEED_AN_EXIT, NO_OPTIONS, ExitOptions
-from de3.server.settings import Settings
+from de3.runtime.settings import RuntimeSettings
 
 MAX_NAMED = 20  # signals or labels in a message
 MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
@@ -129,7 +129,7 @@ def _needs_an_exit(options: ExitOptions, last: int | None) -> str | None:
 class Rules:
     """Chooses the exit rule of each request to one model."""
 
-    def __init__(self, manifest: Manifest, settings: Settings) -> None:
+    def __init__(self, manifest: Manifest, settings: RuntimeSettings) -> None:
         self._manifest, self._exits = manifest, manifest.exit_layers
         self._traits = manifest.traits
         self._kind = manifest.kind
@@ -153,7 +153,7 @@ class Rules:
             self.default = self._start = self._guaranteed(0.0, "start")
         self.steps = self._steps(settings) if manifest.calibration else []
 
-    def _steps(self, settings: Settings) -> list[Choice]:
+    def _steps(self, settings: RuntimeSettings) -> list[Choice]:
         """Choices that replace the default under load, from level 1 up.
 
         Empty if a target or a guarantee sets the default, without a calibration, or with an upstream.

@@ -1,21 +1,19 @@
-"""The settings of a server.
+"""The settings of a server; those that its runtime reads are in runtime/settings.py.
 
-Each is declared once, as a field of Settings: its flag, help and default in `de3 serve`, and its environment variable.
+Each is declared once, as a field: its flag, help and default in `de3 serve`, and its environment variable.
 """
 
-import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from typer import Option
 
-from de3.runtime.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
-from de3.runtime.upstream_settings import UpstreamModel
+from de3.runtime.settings import RuntimeSettings, audit_option, engine_option, limit_option, load_option
 
 PREFIX = "DE3_"
 FROM_FILES = ("upstreams",)  # fields that `de3 serve` reads from .toml files, without a flag or variable
@@ -23,13 +21,18 @@ FROM_FILES = ("upstreams",)  # fields that `de3 serve` reads from .toml files, w
 OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_CACHE", "DE3_CACHE_GB", "DE3_URL")
 SECRETS = ("api_keys", "admin_keys")  # settings without a flag, as other users can see the flags of a process
 
-limit_option = partial(Option, rich_help_panel="Limits")
-default_option = partial(Option, rich_help_panel="Default exit options")
-load_option = partial(Option, rich_help_panel="Under load")
-audit_option = partial(Option, rich_help_panel="Audits and learning")
+# The order of the options in the help, the most used ones first.
+ORDER = (
+    *("models", "store", "host", "port", "guarantee", "learn", "tau", "max_disagreement", "api_keys_file"),
+    *("state_dir", "default_model", "aliases", "runtime", "threads", "processes", "target_speedup"),
+    *("latency_budget_ms", "ood_policy", "slo_p99_ms", "min_accuracy", "audit_share", "without_upstream"),
+    *("allow_plain_http", "learn_bytes", "admin_keys_file", "rate_limit", "trusted_proxies", "cors_origins"),
+    *("allowed_hosts", "max_queue", "max_texts", "max_body_bytes", "max_inflight_bytes", "keep_alive_s"),
+    *("max_connections", "timeout_s", "drain_s", "log_format", "log_requests", "log_texts", "traces"),
+)
+
 access_option = partial(Option, rich_help_panel="Access")
 log_option = partial(Option, rich_help_panel="Logs and traces")
-engine_option = partial(Option, rich_help_panel="Models and engine")
 GUARANTEE_SHARE = 0.05  # default of audit_share with --guarantee
 
 
@@ -42,10 +45,8 @@ def _network(text: str) -> str:
     return text
 
 
-class Settings(BaseModel):
-    """The settings of one server, the most used ones first."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+class Settings(RuntimeSettings):
+    """The settings of one server."""
 
     models: Annotated[
         list[str],
@@ -58,14 +59,6 @@ class Settings(BaseModel):
     store: Annotated[Path, Option(help="Folder of the model store.")] = Path("models")
     host: Annotated[str, Option(help="Address to listen on (0.0.0.0: all).")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535), Option(help="Port to listen on.")] = 8000
-    guarantee: Annotated[
-        float | None,
-        Field(gt=0, lt=1),
-        Option(
-            help="Maximum rate of answers that differ from full depth, proven by audits at 95% confidence. Replaces "
-            "--tau and other default exit options."
-        ),
-    ] = None
     learn: Annotated[
         bool,
         Option(
@@ -73,21 +66,6 @@ class Settings(BaseModel):
             help="Fit exits to live traffic, without labels. Needs --guarantee and the fit extra.",
         ),
     ] = False
-    tau: Annotated[
-        float | None,
-        Field(ge=0, le=1),
-        Option(
-            help="τ for requests without exit options; 0: full depth. Default: each model's calibrated τ."
-        ),
-    ] = None
-    max_disagreement: Annotated[
-        float | None,
-        Field(ge=0, le=1),
-        Option(
-            help="Maximum rate of answers that differ from full depth, certified by the calibration with 95% "
-            "confidence, for requests without exit options; instead of --tau."
-        ),
-    ] = None
     api_keys_file: Annotated[
         Path | None,
         Option(
@@ -96,12 +74,6 @@ class Settings(BaseModel):
         ),
     ] = None
     api_keys: SecretStr | None = None
-    state_dir: Annotated[
-        Path | None,
-        Option(
-            help="Folder in which audit results and learned versions survive restarts; one for each replica."
-        ),
-    ] = None
     default_model: Annotated[
         str | None,
         engine_option(
@@ -117,60 +89,12 @@ class Settings(BaseModel):
             "variable: separated by spaces).",
         ),
     ] = []
-    runtime: Annotated[
-        Literal["auto", "native", "onnxruntime"],
-        engine_option(help="onnxruntime, native (int8 kernels), or auto: native if possible."),
-    ] = "auto"
-    threads: Annotated[
-        int,
-        Field(ge=0, le=1024),
-        engine_option(
-            help="Engine threads; each runs one text, or a group of short ones, at a time. 0: one per core."
-        ),
-    ] = 0
-    processes: Annotated[
-        int,
-        Field(ge=0, le=256),
-        engine_option(
-            help="Processes that serve models; engine threads and the limits on texts, body bytes and connections are "
-            "divided among them. 0: one for each engine thread, or for every four if a model is large, as far as "
-            "memory allows; but only one if ONNX Runtime runs a model."
-        ),
-    ] = 0
-    target_speedup: Annotated[
-        float | None,
-        Field(ge=1),
-        default_option(
-            help="Mean speed-up for requests without exit options, by the calibration; instead of --tau."
-        ),
-    ] = None
-    latency_budget_ms: Annotated[
-        float | None,
-        Field(gt=0, le=MAX_BUDGET_MS),
-        default_option(
-            help="Latency budget for requests without exit options, milliseconds; instead of --tau."
-        ),
-    ] = None
-    ood_policy: Annotated[
-        Literal["off", "flag", "deepen"],
-        default_option(
-            help="Policy for out-of-distribution texts (far from every prototype): off, flag, or deepen (flag, and "
-            "halve their τ)."
-        ),
-    ] = "off"
     slo_p99_ms: Annotated[
         float | None,
         Field(gt=0),
         load_option(
             help="Objective for the p99 latency, milliseconds: to meet it under load, the default τ is raised, then "
             "requests are shed."
-        ),
-    ] = None
-    min_accuracy: Annotated[
-        float | None,
-        Field(ge=0, le=1),
-        load_option(
-            help="Lower limit on the calibrated accuracy when τ is raised under load. Default: 0.02 below full depth."
         ),
     ] = None
     audit_share: Annotated[
@@ -181,18 +105,6 @@ class Settings(BaseModel):
             "early answers differ from it. Default: 0; 0.05 with --guarantee."
         ),
     ] = None
-    without_upstream: Annotated[
-        Literal["refuse", "answer"],
-        audit_option(
-            help="Texts for an upstream that is unavailable, slow or over max_calls_per_hour: refuse them (502 or "
-            "504), or answer them at the last layer."
-        ),
-    ] = "refuse"
-    allow_plain_http: Annotated[
-        bool,
-        audit_option("--allow-plain-http", help="Allow upstreams without TLS on other machines."),
-    ] = False
-    upstreams: list[UpstreamModel] = []
     learn_bytes: Annotated[
         int, Field(ge=2**20), audit_option(help="Memory for the records of each model, bytes.")
     ] = 2**27
@@ -230,14 +142,6 @@ class Settings(BaseModel):
             "Checked, to prevent DNS rebinding, by a server without keys that listens on this machine only.",
         ),
     ] = []
-    max_queue: Annotated[
-        int,
-        Field(ge=1),
-        limit_option(
-            help="Limit on texts in flight. Beyond it, requests get 503, or 429 if the client exceeds its "
-            "share."
-        ),
-    ] = 1024
     max_texts: Annotated[int, Field(ge=1), limit_option(help="Limit on texts in one request.")] = 256
     max_body_bytes: Annotated[
         int, Field(ge=1024), limit_option(help="Limit on the size of a request body, bytes.")
@@ -257,11 +161,6 @@ class Settings(BaseModel):
         Field(ge=0),
         limit_option(help="Limit on open connections; 0: as many as the limit on open files allows."),
     ] = 0
-    timeout_s: Annotated[
-        float,
-        Field(gt=0),
-        limit_option(help="Limit on the time from a request's arrival to its response, seconds."),
-    ] = 30.0
     drain_s: Annotated[
         float,
         Field(ge=0),
@@ -285,24 +184,13 @@ class Settings(BaseModel):
     ] = False
 
     @model_validator(mode="after")
-    def _check_together(self) -> "Settings":
+    def _check_together(self) -> Self:
         for one, most in (("max_texts", "max_queue"), ("max_body_bytes", "max_inflight_bytes")):
             if getattr(self, one) > getattr(self, most):
                 flags = [f"--{name.replace('_', '-')} ({getattr(self, name)})" for name in (one, most)]
                 raise ValueError(f"{flags[0]} must not exceed {flags[1]}: set both")
-        _ = self.options
-        if self.guarantee is not None:
-            other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)
-            if other is not None:
-                raise ValueError(f"guarantee: cannot be combined with {other}; give one of them")
-            if self.audit_share == 0:
-                raise ValueError("guarantee: needs audits, and audit_share is 0")
-        for of in self.upstreams:
-            if not of.upstream.is_encrypted and not self.allow_plain_http:
-                raise ValueError(
-                    f"{of.name}: upstream.url: would send texts unencrypted to another machine; give an https URL, or "
-                    "serve it with --allow-plain-http"
-                )
+        if self.guarantee is not None and self.audit_share == 0:
+            raise ValueError("guarantee: needs audits, and audit_share is 0")
         if self.learn and self.guarantee is None:
             raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
         return self
@@ -329,15 +217,6 @@ class Settings(BaseModel):
         """True if audited texts are recorded, as numbers: for learning, or for de3 calibrate and de3 import."""
         return self.learn or (bool(self.audit_share) and self.state_dir is not None)
 
-    @property
-    def options(self) -> ExitOptions:
-        """The exit options of requests that set none."""
-        return ExitOptions(**{name: getattr(self, name) for name in EXCLUSIVE})
-
-    def engine_threads(self) -> int:
-        """Number of engine threads: the number set, or one for each available core."""
-        return self.threads or available_cores()
-
 
 def variable(name: str) -> str:
     """The environment variable of a field of Settings."""
@@ -356,18 +235,3 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
         for name, value in sorted(environment.items())
         if name.startswith(PREFIX) and name not in known
     }
-
-
-def available_cores() -> int:
-    """Cores available to this process: its CPU affinity, limited by the container's CPU quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, cpu_quota() or cores))
-
-
-def cpu_quota() -> int | None:
-    """The container's CPU quota, in cores; a fraction of a core counts as one. None: it has no quota."""
-    try:
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())  # "max": no quota
-    except (OSError, ValueError):
-        return None
-    return -(-quota // period)

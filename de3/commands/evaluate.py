@@ -183,11 +183,10 @@ def _open(name: str, store: Path) -> _Subject:
             path.name, names, config.input, config.thresholds, run, None, png, checkpoint=checkpoint
         )
     from de3.export.record import record
+    from de3.runtime.settings import RuntimeSettings
     from de3.server.models import load
-    from de3.server.settings import Settings
 
-    settings: dict[str, Any] = {}  # the defaults
-    served = load(artifact, Settings(**settings))
+    served = load(artifact, RuntimeSettings())
     model, manifest = served.model, served.model.manifest
     return _Subject(
         model.full_name,

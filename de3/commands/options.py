@@ -1,6 +1,6 @@
 """Options and checks that several commands share."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -69,19 +69,24 @@ LabelNames = Annotated[
 
 
 def add_parameters(
-    *classes: type, without: Collection[str] = (), variable: Callable[[str], str] | None = None
+    *classes: type,
+    without: Collection[str] = (),
+    variable: Callable[[str], str] | None = None,
+    order: Sequence[str] = (),
 ) -> Callable[[Command], Command]:
     """A decorator that replaces **options of a command with the fields of settings classes: pydantic or dataclasses.
 
     A field becomes a parameter if it is annotated with a typer.Option and not named in `without`. A field whose
     `show_default` is a string has the default None, because its value depends on other options.
 
-    variable: the environment variable of a field. None: fields have none.
+    variable: the environment variable of a field. None: fields have none. order: all names, unless it is that of the
+    declarations.
     """
 
     def decorate(command: Command) -> Command:
         own = signature(command, eval_str=True).parameters.values()
         parameters = [parameter for parameter in own if parameter.kind is not Parameter.VAR_KEYWORD]
+        options = list[Parameter]()
         for field in [field for each in classes for field in signature(each).parameters.values()]:
             match get_args(field.annotation):
                 case [kind, *_, OptionInfo() as info] if field.name not in without:
@@ -92,7 +97,8 @@ def add_parameters(
                     option = field.replace(kind=Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info])
                     if isinstance(info.show_default, str):
                         option = option.replace(annotation=Annotated[kind | None, info], default=None)
-                    parameters.append(option)
+                    options.append(option)
+        parameters += sorted(options, key=lambda option: order.index(option.name) if order else 0)
         # typer reads options from the signature and the annotations
         command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

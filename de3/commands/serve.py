@@ -9,14 +9,8 @@ import typer
 
 from de3.commands.options import HelpAll, add_parameters
 from de3.model_store.architecture import precision_of
-from de3.server.settings import (
-    OTHER_VARIABLES,
-    SECRETS,
-    Settings,
-    engine_option,
-    unknown_variables,
-    variable,
-)
+from de3.runtime.settings import engine_option
+from de3.server.settings import ORDER, OTHER_VARIABLES, SECRETS, Settings, unknown_variables, variable
 
 if TYPE_CHECKING:
     from de3.model_store.store import Artifact
@@ -24,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("de3")
 
 
-@add_parameters(Settings, variable=variable)
+@add_parameters(Settings, variable=variable, order=ORDER)
 def serve(
     context: typer.Context,
     names: Annotated[

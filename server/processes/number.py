@@ -10,7 +10,7 @@ from pathlib import Path
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
-from de3.server.settings import Settings
+from de3.runtime.settings import RuntimeSettings
 
 SHARED_MEMORY = "/dev/shm"
 # A model is large above LARGE multiply-adds per token: 25 tokens then take about a millisecond, and the rest of the
@@ -19,7 +19,7 @@ LARGE, LARGE_THREADS = 2e7, 4
 MEMORY_BYTES = 2**28  # memory of one process with its requests, without the weights, which are shared
 
 
-def number_of_processes(settings: Settings, artifacts: Sequence[Artifact]) -> int:
+def number_of_processes(settings: RuntimeSettings, artifacts: Sequence[Artifact]) -> int:
     """The number in the settings; by default one for each engine thread, or one for every four if a model is large.
 
     The default is limited as in most_processes().
@@ -39,7 +39,7 @@ def number_of_processes(settings: Settings, artifacts: Sequence[Artifact]) -> in
     return most_processes(settings, artifacts, each)
 
 
-def most_processes(settings: Settings, artifacts: Sequence[Artifact], each: int = 1) -> int:
+def most_processes(settings: RuntimeSettings, artifacts: Sequence[Artifact], each: int = 1) -> int:
     """The number of processes: one for every `each` engine threads (rounded up), as far as memory allows, at most 64.
 
     The number is 1 if a model runs on ONNX Runtime: each process would have its own copy of the weights, and would gain

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from de3.exits.reading import ClassReading, read
 from de3.runtime.errors import RequestError
+from de3.runtime.settings import RuntimeSettings
 from de3.server.engine.job import Item, Job
 from de3.server.engine.outcome import Outcome
-from de3.server.settings import Settings
 from de3.server.upstream.client import Reply
 from de3.server.upstream.undelivered import Undelivered, key_of
 from de3.server.upstream.usage import Kind, Query
@@ -28,7 +28,7 @@ class Asks(Protocol):
 
 
 async def ask_upstreams(
-    job: Job, settings: Settings, upstreams: Asks, undelivered: Undelivered | None = None
+    job: Job, settings: RuntimeSettings, upstreams: Asks, undelivered: Undelivered | None = None
 ) -> None:
     """Complete the outcomes of a finished job and its fellows with the answers of their models' upstreams.
 
@@ -79,7 +79,7 @@ def needs_upstream(job: Job, outcome: Outcome) -> bool:
 async def _ask(
     item: Item,
     outcome: Outcome,
-    settings: Settings,
+    settings: RuntimeSettings,
     upstreams: Asks,
     expires_at: float,
     known: Reply | None,

@@ -10,8 +10,8 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from de3.runtime.errors import RequestError
+from de3.runtime.settings import RuntimeSettings
 from de3.server.engine.job import Job
-from de3.server.settings import Settings
 from de3.server.upstream.answer import ask_upstreams
 from de3.server.upstream.client import CallError, Reply
 from de3.server.upstream.upstreams import ATTEMPTS, Upstreams
@@ -33,7 +33,7 @@ class Calls:
         upstreams: the upstreams, with their usage.
     """
 
-    def __init__(self, settings: Settings, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, settings: RuntimeSettings, say: Callable[[str], None] | None = None) -> None:
         """say: called with a message when the upstream is away or over its quota, and texts wait; None: they fail.
 
         Raises ValueError if a key is missing.
@@ -117,7 +117,7 @@ class Calls:
 class Placeholders:
     """Implements `Asks` where another process calls the upstreams: it replaces the label, the first, and probs."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = settings
 
     def complete(self, job: Job) -> None:

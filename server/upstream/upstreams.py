@@ -15,9 +15,9 @@ from de3.runtime.background import keep_running, run_once
 from de3.runtime.errors import Cause, RequestError
 from de3.runtime.fair_queue import Slots
 from de3.runtime.networks import network_of
+from de3.runtime.settings import RuntimeSettings
 from de3.runtime.shares import Shares
 from de3.runtime.upstream_settings import UpstreamModel
-from de3.server.settings import Settings
 from de3.server.upstream.breaker import Breaker
 from de3.server.upstream.client import CallError, Client, Reply
 from de3.server.upstream.usage import Query, UpstreamUsage
@@ -38,7 +38,7 @@ class Caller:
         usage: its calls so far.
     """
 
-    def __init__(self, of: UpstreamModel, settings: Settings) -> None:
+    def __init__(self, of: UpstreamModel, settings: RuntimeSettings) -> None:
         """Raises ValueError if the key is missing."""
         self.of, self._rate = of, settings.guarantee
         self._client, self._breaker = Client(of, of.upstream.key()), Breaker()
@@ -241,7 +241,7 @@ class Caller:
 class Upstreams:
     """The upstreams of a server, by model name."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RuntimeSettings) -> None:
         """Raises ValueError if a key is missing."""
         self._by_name = {of.name: Caller(of, settings) for of in settings.upstreams}
         self._saving, self._has_failed = Lock(), False
