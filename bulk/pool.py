@@ -20,12 +20,12 @@ from de3.model_store.manifest import encoder_hashes
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.native.network import Memory, can_share_memory
+from de3.runtime.engine.job import check_encoders
 from de3.runtime.errors import RequestError
+from de3.runtime.loading import by_depth
+from de3.runtime.processes import most_processes
 from de3.runtime.settings import RuntimeSettings
 from de3.runtime.upstream_settings import UpstreamModel
-from de3.server.engine.job import check_encoders
-from de3.server.models import by_depth
-from de3.server.processes.number import most_processes
 
 # Limits on one request, in texts and in characters: 2¹⁸ characters of 4 bytes are 1 MiB, a server's default body limit.
 MAX_BATCH, MAX_BATCH_CHARS = 32, 2**18

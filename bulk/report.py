@@ -7,8 +7,8 @@ from de3.bulk.run import Summary
 from de3.model_store.store import Artifact
 from de3.progress import plural
 from de3.runtime.options import ExitOptions
+from de3.runtime.rules import Rules
 from de3.runtime.settings import RuntimeSettings
-from de3.server.rules import Rules
 
 if TYPE_CHECKING:
     from de3.server.upstream.upstreams import Caller

@@ -16,10 +16,10 @@ from de3.library import checked_text
 from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.settings import RuntimeSettings
 from de3.runtime.upstream_settings import UpstreamModel
-from de3.server.engine.request import Text
 from de3.server.upstream.answer import reading_of
 from de3.server.upstream.calls import Calls
 from de3.server.upstream.client import Reply

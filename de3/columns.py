@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from de3.extras import install
 from de3.model_store.manifest import Manifest
+from de3.runtime.answer import row_of
+from de3.runtime.engine.job import Job
 from de3.runtime.errors import RequestError
-from de3.server.answer import row_of
-from de3.server.engine.job import Job
 
 if TYPE_CHECKING:
     import pyarrow

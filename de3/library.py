@@ -31,18 +31,18 @@ from de3.model_store.encoder import Encoders
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact, Store, StoreError, read_manifest
 from de3.native.network import Memory
+from de3.runtime.answer import ClassifiedText, row_of
+from de3.runtime.classification import Classification, ClassifyRequest, request_of, text_of
+from de3.runtime.engine.engine import Engine
+from de3.runtime.engine.job import Job, check_texts, jobs_of
+from de3.runtime.engine.request import Text
+from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
+from de3.runtime.fields import check_fields
+from de3.runtime.loading import by_depth
+from de3.runtime.loading import load as load_model
 from de3.runtime.settings import RuntimeSettings
 from de3.runtime.upstream_settings import UpstreamModel, read_upstreams
-from de3.server.answer import ClassifiedText, row_of
-from de3.server.classification import Classification, ClassifyRequest, request_of, text_of
-from de3.server.engine.engine import Engine
-from de3.server.engine.job import Job, check_texts, jobs_of
-from de3.server.engine.request import Text
-from de3.server.engine.served import Served
-from de3.server.fields import check_fields
-from de3.server.models import by_depth
-from de3.server.models import load as load_model
 
 if TYPE_CHECKING:
     import pyarrow

@@ -18,8 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from de3.server.classification import ClassifyRequest
-from de3.server.fields import known_fields
+from de3.runtime.classification import ClassifyRequest
+from de3.runtime.fields import known_fields
 
 TIMEOUT_S = 60.0
 FIRST_BYTE_S = 0.3  # wait for the answer to a request that may be incomplete, before the client half-closes

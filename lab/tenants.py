@@ -22,10 +22,10 @@ from de3.loadtest.servers import Server, ours, running
 from de3.loadtest.texts import Sample, read
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Store
+from de3.runtime.rules import Rules
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.tenant import Settled
 from de3.server.learn.learners import CHECK_S
-from de3.server.rules import Rules
 from de3.server.settings import Settings
 from lab.attacks import WORDS
 from lab.learn import WINDOW, Answer, send, truth

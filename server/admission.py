@@ -5,9 +5,9 @@ from collections.abc import Callable
 from time import perf_counter
 
 from de3.runtime.background import keep_running
+from de3.runtime.engine.engine import Engine
+from de3.runtime.engine.job import REPLY_S, Job
 from de3.runtime.shares import Shares
-from de3.server.engine.engine import Engine
-from de3.server.engine.job import REPLY_S, Job
 from de3.server.models import Models
 from de3.server.overload import TICK_S, Controller
 from de3.server.settings import Settings

@@ -12,10 +12,10 @@ from time import perf_counter
 
 from de3.exits.kinds import differs
 from de3.model_store.manifest import Manifest
+from de3.runtime.engine.job import Job, check_texts, jobs_of, with_spans
+from de3.runtime.engine.request import NOBODY, Entry, Request, Sender
+from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
-from de3.server.engine.job import Job, check_texts, jobs_of, with_spans
-from de3.server.engine.request import NOBODY, Entry, Request, Sender
-from de3.server.engine.served import Served
 from de3.server.service import Service
 from de3.server.upstream.answer import ask_upstreams, needs_upstream
 

@@ -11,10 +11,10 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from de3.model_store.store import Artifact
 from de3.runtime.background import run_once
-from de3.server.engine.job import Job
-from de3.server.engine.request import Text
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Text
+from de3.runtime.prove import record, recorded
 from de3.server.learn.fitting import FitError, run_idle
-from de3.server.prove import record, recorded
 
 log = logging.getLogger("de3")
 PROGRAM = "import os; os.nice(19); from de3.export.int8_process import child; child()"

@@ -10,12 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from de3.model_store.store import Artifact, Store
+from de3.runtime.processes import number_of_processes
 from de3.server import memory
 from de3.server.http.http_server import HttpServer, stop_signals, uvicorn_config
 from de3.server.http.traces import check_can_trace
 from de3.server.learn.learners import check_can_fit
 from de3.server.models import find
-from de3.server.processes.number import number_of_processes
 from de3.server.processes.supervisor import ServerError, supervise
 from de3.server.service import EngineError, Service
 from de3.server.settings import Settings

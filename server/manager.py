@@ -15,14 +15,15 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, UnknownModelError
 from de3.native.network import Memory
 from de3.runtime.background import in_background, run_once
+from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
+from de3.runtime.loading import by_depth, load
+from de3.runtime.prove import Prover
 from de3.server import memory
 from de3.server.audit.audits import Audits
-from de3.server.engine.served import Served
 from de3.server.learn.journal import LearnFolder
 from de3.server.metrics import Metrics
-from de3.server.models import MAX_LOADED, Models, Role, Route, by_depth, load
-from de3.server.prove import Prover
+from de3.server.models import MAX_LOADED, Models, Role, Route
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")

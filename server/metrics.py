@@ -19,13 +19,13 @@ from prometheus_client.registry import Collector
 
 from de3.exits.kinds import Spans
 from de3.runtime.background import errors
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.served import Served
 from de3.runtime.errors import Cause
 from de3.server.audit.auditor import EXCLUDED, UPSTREAM_FAILED, Auditor
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import tau_row
 from de3.server.audit.ledgers import Ledgers
-from de3.server.engine.job import Job
-from de3.server.engine.served import Served
 from de3.server.learn.metrics import LearnMetrics
 from de3.server.settings import Settings
 from de3.server.text_metrics import STAGE_BUCKETS, TextMetrics

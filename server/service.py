@@ -13,19 +13,19 @@ from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.store import Artifact, Store
 from de3.native.network import Memory
 from de3.runtime.background import keep_running
+from de3.runtime.engine.engine import Engine
+from de3.runtime.engine.served import Served
+from de3.runtime.engine.timing import run_longest
 from de3.runtime.errors import RequestError
+from de3.runtime.prove import recorded
 from de3.server import memory
 from de3.server.admission import Admission
 from de3.server.audit.audits import Audits
-from de3.server.engine.engine import Engine
-from de3.server.engine.served import Served
-from de3.server.engine.timing import run_longest
 from de3.server.int8 import Int8Check
 from de3.server.learn.journal import LearnFolder
 from de3.server.manager import Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
-from de3.server.prove import recorded
 from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
 from de3.server.upstream.undelivered import Undelivered

@@ -15,9 +15,9 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from de3.exits.rule import ExitReason
-from de3.server.engine.job import Job
-from de3.server.engine.outcome import Outcome
-from de3.server.engine.served import Served
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.served import Served
 
 # Seconds, from an exit at the embeddings to the timeout; finest where most texts are.
 STAGE_BUCKETS = (

@@ -26,13 +26,13 @@ import orjson
 import pytest
 
 from de3.model_store.store import Artifact
+from de3.runtime.engine.queue import WorkQueue
+from de3.runtime.prove import Prover
 from de3.server import manager
-from de3.server.engine.queue import WorkQueue
 from de3.server.http.app import PROTOCOLS
 from de3.server.http.http_server import HttpServer, uvicorn_config
 from de3.server.http.listener import BODY, Listener
 from de3.server.http.protocol import Protocol
-from de3.server.prove import Prover
 from de3.server.service import Service
 from de3.server.settings import Settings
 

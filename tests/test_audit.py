@@ -31,7 +31,12 @@ from de3.model_store.fitted import FittedTexts, pieces_of
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, Store
+from de3.runtime.engine import audit as audit_engine
+from de3.runtime.engine.audit import OVERDUE_SHARE, Audit, AuditThreads, run_audits
+from de3.runtime.engine.queue import WorkQueue
+from de3.runtime.engine.request import Sender
 from de3.runtime.errors import RequestError
+from de3.runtime.rules import InForce, Rules, Standing
 from de3.server.audit import auditor, ledgers
 from de3.server.audit.auditor import LEARN_TEXTS, MAX_HELD, NO_OPTIONS, ROOM, Auditor, Traffic
 from de3.server.audit.audits import Audits
@@ -40,12 +45,7 @@ from de3.server.audit.ledger import MIN_AUDITS, Ledger
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import StateDir, TenantState, restore, state_of
 from de3.server.audit.tenant import MAX_RESETS, Bounded, Settled, Tenant
-from de3.server.engine import audit as audit_engine
-from de3.server.engine.audit import OVERDUE_SHARE, Audit, AuditThreads, run_audits
-from de3.server.engine.queue import WorkQueue
-from de3.server.engine.request import Sender
 from de3.server.learn.record import Record
-from de3.server.rules import InForce, Rules, Standing
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests import jobs

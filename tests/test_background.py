@@ -14,14 +14,14 @@ import uvloop
 
 from de3.runtime import background
 from de3.runtime.background import Backoff, errors, report_unhandled, run_once
+from de3.runtime.engine import audit
+from de3.runtime.engine.engine import Engine
 from de3.runtime.errors import RequestError
 from de3.runtime.failures import FailureLog
 from de3.server import service
 from de3.server.audit import ledgers
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.ledgers import Ledgers
-from de3.server.engine import audit
-from de3.server.engine.engine import Engine
 from de3.server.http.traces import Traces
 from de3.server.learn import learners
 from de3.server.learn.learners import Learners

@@ -12,9 +12,9 @@ import pytest
 
 from de3.model_store.segments import OnnxLayers
 from de3.model_store.store import Store
-from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
-from de3.server.ood import WINDOW
-from de3.server.rules import Rules
+from de3.runtime.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
+from de3.runtime.ood import WINDOW
+from de3.runtime.rules import Rules
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
 from tests.serving import Gate, serving, until
@@ -59,7 +59,7 @@ class Clock:
             for name in ("engine.run", "engine.deadlines", "engine.engine", "fair_queue")
         ]
         for clock in (*clocks, "engine.timing.perf_counter", "engine.timing.thread_time"):
-            monkeypatch.setattr(f"de3.server.{clock}", lambda: self.now)
+            monkeypatch.setattr(f"de3.runtime.{clock}", lambda: self.now)
         monkeypatch.setattr("de3.server.service.run_longest", lambda _: None)  # by each thread as it starts
 
 
@@ -148,7 +148,7 @@ def test_ood_texts_are_flagged_or_go_deeper(store: Path) -> None:
 
 def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MAX_PER_S", 1e9), ("STATISTICS_S", 0.0)):  # every text, and now
-        monkeypatch.setattr(f"de3.server.ood.{name}", value)
+        monkeypatch.setattr(f"de3.runtime.ood.{name}", value)
     with serving(store, models=["tiny-int8"], tau=0.3) as server:
 
         def drift(statistic: str) -> float | None:

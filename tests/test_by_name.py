@@ -37,9 +37,10 @@ from de3.model_store.families import FAMILIES
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
-from de3.server import int8, prove
+from de3.runtime import prove
+from de3.runtime.loading import load
+from de3.server import int8
 from de3.server.learn import fitting
-from de3.server.models import load
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import WITHOUT_TORCH

@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3.server.engine.deadlines import Deadlines
-from de3.server.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
+from de3.runtime.engine.deadlines import Deadlines
+from de3.runtime.engine.job import REPLY_S, REPLY_TEXT_S, Item, Job
 from tests import jobs
 
 THREADS, LAYERS = 2, 6
 
 
 class Clock:
-    """A fake perf_counter for server.engine.deadlines."""
+    """A fake perf_counter for runtime.engine.deadlines."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr("de3.server.engine.deadlines.perf_counter", lambda: self.now)
+        monkeypatch.setattr("de3.runtime.engine.deadlines.perf_counter", lambda: self.now)
 
 
 def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = False) -> Job:

@@ -14,11 +14,11 @@ import pytest
 from de3.model_store.tokenizer import TextTokenizer
 from de3.runtime import failures
 from de3.runtime.background import errors
+from de3.runtime.engine import engine, group
+from de3.runtime.engine.engine import Engine
+from de3.runtime.engine.queue import WorkQueue
 from de3.runtime.failures import FailureLog
 from de3.server import service
-from de3.server.engine import engine, group
-from de3.server.engine.engine import Engine
-from de3.server.engine.queue import WorkQueue
 from de3.server.http import endpoint
 from de3.server.service import EngineError
 from tests.serving import Server, process, serving, until, url_when_ready
@@ -98,7 +98,7 @@ STUCK = """
 import sys, time
 from de3.server import service
 from de3.runtime import failures
-from de3.server.engine import engine
+from de3.runtime.engine import engine
 from de3.cli import main
 service.CHECK_S, engine.STUCK_CHECKS = 0.05, 8
 runs, run = [], engine.run

@@ -11,12 +11,12 @@ from de3.exits.rule import ExitRule
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import PIECE
+from de3.runtime.engine.group import run_group
+from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.queue import WorkQueue
+from de3.runtime.engine.run import Result, run
+from de3.runtime.engine.served import MAX_STEP_S
 from de3.runtime.errors import RequestError
-from de3.server.engine.group import run_group
-from de3.server.engine.job import Item, Job
-from de3.server.engine.queue import WorkQueue
-from de3.server.engine.run import Result, run
-from de3.server.engine.served import MAX_STEP_S
 from tests import jobs
 
 pytestmark = pytest.mark.usefixtures("kernels")

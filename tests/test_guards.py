@@ -15,8 +15,8 @@ from de3.exits.kinds import CLASSES, Labels
 from de3.exits.reading import ClassReading
 from de3.exits.windows import Flag, Span, combination
 from de3.model_store.store import Store
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
-from de3.server.engine.request import Text
 from de3.server.http.detectors import MAX_CHARS, ContentsRequest, safe_labels
 from tests.serving import Server, serving
 

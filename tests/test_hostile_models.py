@@ -29,11 +29,11 @@ from de3.model_store.segments import session_options
 from de3.model_store.store import Store, StoreError, read_manifest
 from de3.model_store.tokenizer import TextTokenizer
 from de3.model_store.tokenizer_check import MAX_VALUES, TokenizerError, check_tokenizer
+from de3.runtime import prove
 from de3.runtime.background import in_background
-from de3.server import prove
-from de3.server.engine.timing import Timing
+from de3.runtime.engine.timing import Timing
+from de3.runtime.loading import load
 from de3.server.logs import JsonFormatter, TextFormatter
-from de3.server.models import load
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import invoke
@@ -352,7 +352,7 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path, monkeypatch: p
         Service(Settings(store=copies, models=["worse"]))
 
 
-TIMING_ABORTS = "import os, de3.server.engine.timing as t; t._run = lambda *_: os.abort(); "
+TIMING_ABORTS = "import os, de3.runtime.engine.timing as t; t._run = lambda *_: os.abort(); "
 
 
 @pytest.mark.parametrize(

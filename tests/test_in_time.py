@@ -10,7 +10,7 @@ from de3.commands import timing
 from de3.commands.timing import Engine, measure_times
 from de3.data.examples import Example
 from de3.model_store.store import Store
-from de3.server.models import load
+from de3.runtime.loading import load
 from de3.server.settings import Settings
 from de3.training.evaluate import Times
 from tests.fixtures import make_rows

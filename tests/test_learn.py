@@ -40,6 +40,7 @@ from de3.model_store.model import Model, fitted_of
 from de3.model_store.records import Records, joined, read
 from de3.model_store.store import Artifact, Store
 from de3.runtime.errors import RequestError
+from de3.runtime.rules import Rules
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.tenant import Settled
@@ -62,7 +63,6 @@ from de3.server.learn.learners import MIN_GAIN, Learners
 from de3.server.learn.record import HeldOut, Record
 from de3.server.learn.reservoir import OTHERS, Reservoir
 from de3.server.manager import Change
-from de3.server.rules import Rules
 from de3.server.settings import Settings
 from tests.commands import de3, refusal
 from tests.fixtures import made_once, make_rows, save_encoder

@@ -18,8 +18,8 @@ import pytest
 import de3
 from de3.client import Input
 from de3.library import WINDOW
-from de3.server.engine.engine import Engine
-from de3.server.engine.job import Job
+from de3.runtime.engine.engine import Engine
+from de3.runtime.engine.job import Job
 from tests.fixtures import make_rows
 from tests.serving import Server, until
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from de3.runtime.engine.engine import Engine
 from de3.server import overload
 from de3.server.admission import Admission
-from de3.server.engine.engine import Engine
 from de3.server.overload import CALM_S, CALM_STEP_S, TICK_S, Controller
 from de3.server.settings import Settings
 from tests import jobs

@@ -30,10 +30,10 @@ from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import MAX_SHORTER, PIECE, TextTokenizer, Windows, max_chars
-from de3.server.engine import run as engine
-from de3.server.engine.job import Item, Job
-from de3.server.engine.outcome import Outcome
-from de3.server.rules import Choice
+from de3.runtime.engine import run as engine
+from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.outcome import Outcome
+from de3.runtime.rules import Choice
 from tests import jobs
 from tests.fixtures import BAD, FILLER, GOOD
 from tests.serving import Server

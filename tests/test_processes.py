@@ -23,7 +23,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from de3.model_store.store import Artifact, Store
-from de3.server.processes.number import number_of_processes
+from de3.runtime.processes import number_of_processes
 from de3.server.processes.samples import MAXIMA, MINIMA, SUMS, Family, merged
 from de3.server.processes.worker import part_of
 from de3.server.settings import Settings
@@ -340,7 +340,7 @@ def large(artifact: Artifact) -> Artifact:
     return replace(artifact, manifest=artifact.manifest.model_copy(update=changed))
 
 
-NUMBER = "de3.server.processes.number."
+NUMBER = "de3.runtime.processes."
 READ_ONLY = {"tempfile.gettempdir": mock.Mock(side_effect=FileNotFoundError), "tempfile.tempdir": None}
 
 

@@ -10,12 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from de3.runtime.engine.engine import MAX_LEAD_S, Engine
+from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.queue import MAX_GROUP, MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
+from de3.runtime.engine.served import MAX_STEP_S
 from de3.runtime.errors import RequestError
 from de3.runtime.fair_queue import FairQueue
-from de3.server.engine.engine import MAX_LEAD_S, Engine
-from de3.server.engine.job import Item, Job
-from de3.server.engine.queue import MAX_GROUP, MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
-from de3.server.engine.served import MAX_STEP_S
 from tests import jobs
 
 LIMIT = 7

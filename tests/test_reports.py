@@ -17,7 +17,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 
-from de3.server.answer import significant
+from de3.runtime.answer import significant
 from de3.server.http import traces
 from de3.server.http.http_server import hint
 from de3.server.http.traces import MAX_TEXTS, Traces

@@ -11,8 +11,8 @@ import pytest
 from de3.exits.reading import sigmoid
 from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
-from de3.server.engine.request import Text
 from de3.server.http.rerank import MAX_QUERY_CHARS, RerankRequest, pairs
 from tests.fixtures import save_encoder
 from tests.serving import Server, serving

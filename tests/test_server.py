@@ -21,12 +21,12 @@ from de3.exits.reading import read
 from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
+from de3.runtime.answer import rounded
 from de3.runtime.errors import Cause, RequestError
 from de3.runtime.options import ExitOptions
+from de3.runtime.rules import Choice, Rules
 from de3.server import infer
-from de3.server.answer import rounded
 from de3.server.http.errors import STATUSES
-from de3.server.rules import Choice, Rules
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
 from tests.serving import Server, serving, until

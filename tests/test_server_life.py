@@ -154,7 +154,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
 DRAINS_FIRST = """
 import sys, threading
 from de3.cli import main
-from de3.server.engine.queue import WorkQueue
+from de3.runtime.engine.queue import WorkQueue
 from de3.server.service import Service
 draining, drain, take = threading.Event(), Service.drain, WorkQueue.next
 drains = []

@@ -16,8 +16,8 @@ from de3.export.fit import Exits
 from de3.export.publish import write_exits
 from de3.model_store.manifest import Defaults
 from de3.model_store.store import Store
+from de3.runtime.classification import MAX_MODELS
 from de3.runtime.options import OPTION_NAMES
-from de3.server.classification import MAX_MODELS
 from tests.commands import de3
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.jobs import job

@@ -11,7 +11,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.store import Store
 from de3.runtime.errors import RequestError
 from de3.runtime.options import ExitOptions, OptionFields
-from de3.server.rules import Rules
+from de3.runtime.rules import Rules
 from de3.server.settings import Settings
 from tests.test_hostile_models import edit
 

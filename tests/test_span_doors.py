@@ -20,8 +20,8 @@ from de3.exits.kinds import Spans
 from de3.exits.spans import Layout, SpanRule
 from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
-from de3.server.engine.request import Text
 from de3.server.http import detectors, gliner, guardrail, hugging_face
 from tests.fixtures import BAD, GOOD, installed, made_once, save_encoder
 from tests.serving import Server, serving

@@ -21,6 +21,7 @@ from de3.model_store.manifest import encoder_hashes, fingerprint
 from de3.model_store.store import Artifact, Store
 from de3.runtime.background import errors
 from de3.runtime.errors import RequestError
+from de3.runtime.rules import InForce, Rules, Standing
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.learn.record import Record
@@ -38,7 +39,6 @@ from de3.server.processes.samples import Family
 from de3.server.processes.supervisor import ENDS_S, MAX_ENDS, MAX_STARTS, RETRY_S, ServerError, Supervisor
 from de3.server.processes.weights import Weights
 from de3.server.processes.worker import State, Worker
-from de3.server.rules import InForce, Rules, Standing
 from de3.server.settings import Settings
 from tests.serving import in_event_loop
 

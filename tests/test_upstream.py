@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from de3.runtime.engine.request import Text
 from de3.runtime.upstream_settings import MAX_FILE_BYTES, read_upstream
-from de3.server.engine.request import Text
 from de3.server.settings import Settings
 from de3.server.upstream.breaker import FAILURES, GOOD_S, MAX_CLIENTS, MAX_PAUSE_S, PAUSE_S, Breaker, Call
 from de3.server.upstream.client import Reply, Usage

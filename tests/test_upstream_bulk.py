@@ -19,9 +19,9 @@ from httpx import Headers
 
 import de3
 from de3.loadtest.servers import process_tree
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.upstream_settings import read_upstream
-from de3.server.engine.request import Text
 from de3.server.settings import Settings
 from de3.server.upstream.calls import Calls
 from de3.server.upstream.client import Reply

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
-from de3.server.engine.request import Text
 from de3.server.settings import Settings
 from de3.server.upstream import breaker, upstreams
 from de3.server.upstream.breaker import FAILURES

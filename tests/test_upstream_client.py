@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from de3.server.engine.request import Text
+from de3.runtime.engine.request import Text
 from de3.server.upstream.client import (
     MAX_RESPONSE_BYTES,
     MAX_RETRY_AFTER_S,

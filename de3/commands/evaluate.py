@@ -183,8 +183,8 @@ def _open(name: str, store: Path) -> _Subject:
             path.name, names, config.input, config.thresholds, run, None, png, checkpoint=checkpoint
         )
     from de3.export.record import record
+    from de3.runtime.loading import load
     from de3.runtime.settings import RuntimeSettings
-    from de3.server.models import load
 
     served = load(artifact, RuntimeSettings())
     model, manifest = served.model, served.model.manifest

@@ -82,7 +82,7 @@ def models_verify(
     A model runs only after it has been checked, and then in a separate process with limits.
     """
     from de3.model_store.store import Store
-    from de3.server.prove import Prover
+    from de3.runtime.prove import Prover
 
     failed = False
     for name in [model] if model else Store(store).names():

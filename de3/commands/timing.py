@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 
 from de3.data.examples import Example
 from de3.data.tables import pair_of
+from de3.runtime.engine.group import run_group
+from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.queue import WorkQueue
+from de3.runtime.engine.request import Request, Text
+from de3.runtime.engine.run import Result, run
+from de3.runtime.engine.served import Served
 from de3.runtime.options import ExitOptions
-from de3.server.engine.group import run_group
-from de3.server.engine.job import Item, Job
-from de3.server.engine.outcome import Outcome
-from de3.server.engine.queue import WorkQueue
-from de3.server.engine.request import Request, Text
-from de3.server.engine.run import Result, run
-from de3.server.engine.served import Served
-from de3.server.rules import Choice
+from de3.runtime.rules import Choice
 from de3.training.evaluate import Times
 
 BLOCK = 25  # texts that run to one depth before any run to the next

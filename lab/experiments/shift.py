@@ -40,7 +40,7 @@ NAME = "shift"
 REVIEWS = ("books", "electronics")
 TEST_OUT_OF_SCOPE = 1_000  # the last questions, which are those of the test part
 SPEEDUP, DISAGREEMENT = 3.0, 0.02
-OOD_TAU_FACTOR = 0.5  # factor of τ in the OOD policy (server.ood)
+OOD_TAU_FACTOR = 0.5  # factor of τ in the OOD policy (runtime.ood)
 STREAMS, TEXTS, AUDITED = 20, 20_000, 0.05
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import MANIFEST, MAX_MESSAGE, StoreError, read_manifest
 from de3.runtime.errors import RequestError
+from de3.runtime.ood import OodMonitor
 from de3.runtime.options import ExitOptions
-from de3.server.ood import OodMonitor
-from de3.server.rules import Rules
+from de3.runtime.rules import Rules
 from de3.server.settings import Settings
 from lab.fuzzers.edits import edited, spliced
 from lab.fuzzers.run import Finding, Fuzzer

@@ -11,11 +11,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from de3.runtime.rules import Rules
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import StateDir, restore, state_of
 from de3.server.audit.tenant import Settled
-from de3.server.rules import Rules
 from de3.server.settings import Settings
 from lab.fuzzers.edits import edited, spliced
 from lab.fuzzers.run import Finding, Fuzzer

@@ -523,7 +523,7 @@ def wall(
     from de3.data.examples import check_input, rename, to_examples
     from de3.loadtest import report
     from de3.model_store.store import Store
-    from de3.server.models import load
+    from de3.runtime.loading import load
     from de3.server.settings import Settings
     from lab.engines import pinned
     from lab.studies import wall as study

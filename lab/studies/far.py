@@ -12,7 +12,7 @@ from de3.exits.reading import Reading, read
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, exit_index
 from de3.model_store.manifest import Manifest
-from de3.server.ood import WINDOW, Drift, OodMonitor
+from de3.runtime.ood import WINDOW, Drift, OodMonitor
 from lab.studies.samples import NO_LABEL, nearest
 
 ALARM = 0.25  # a higher PSI usually means that the inputs have shifted

@@ -16,9 +16,9 @@ from de3.exits.guarantee import profiles
 from de3.exits.recorded import Recorded
 from de3.model_store.manifest import Manifest
 from de3.progress import track
+from de3.runtime.rules import Rules
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.tenant import Settled
-from de3.server.rules import Rules
 from de3.server.settings import Settings
 
 BATCH = 50

@@ -13,8 +13,8 @@ import numpy as np
 from de3.commands.timing import Engine, measure_times, text_of
 from de3.data.examples import Example
 from de3.exits import calibration
+from de3.runtime.engine.served import Served
 from de3.runtime.options import ExitOptions
-from de3.server.engine.served import Served
 
 TAUS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.2, 0.3, 0.4)
 # Texts before the next τ takes its turn: enough to keep a low τ's layers in the caches, as when serving.

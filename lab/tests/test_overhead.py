@@ -12,7 +12,7 @@ from de3.data.examples import Example
 from de3.exits.rule import exit_index
 from de3.model_store.model import Model
 from de3.model_store.store import Store
-from de3.server.models import load
+from de3.runtime.loading import load
 from de3.server.settings import Settings
 from lab.studies import overhead as study
 from lab.studies.overhead import without_prototypes

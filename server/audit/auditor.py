@@ -27,16 +27,16 @@ from de3.model_store.fitted import pieces_of
 from de3.model_store.records import packed
 from de3.model_store.segments import Array, Tokens
 from de3.runtime.background import run_once
+from de3.runtime.engine.audit import Audit
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Text
+from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
 from de3.runtime.networks import network_hash
 from de3.runtime.options import NO_OPTIONS
+from de3.runtime.rules import Standing
 from de3.server.audit.tenant import Settled, add_settled
-from de3.server.engine.audit import Audit
-from de3.server.engine.job import Job
-from de3.server.engine.request import Text
-from de3.server.engine.served import Served
 from de3.server.learn.record import Record
-from de3.server.rules import Standing
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")

@@ -9,16 +9,16 @@ from de3.exits.reading import Reading
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.runtime.background import report
+from de3.runtime.engine.audit import Audit
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Text
+from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
+from de3.runtime.rules import Rules, Standing
 from de3.server.audit.auditor import LEARN_CALLS, LEARN_TEXTS, Auditor, Traffic
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
-from de3.server.engine.audit import Audit
-from de3.server.engine.job import Job
-from de3.server.engine.request import Text
-from de3.server.engine.served import Served
 from de3.server.learn.record import Record
-from de3.server.rules import Rules, Standing
 from de3.server.settings import Settings
 from de3.server.upstream.answer import Asks, reading_of
 from de3.server.upstream.usage import Query

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import speedup
 from de3.model_store.manifest import Manifest
+from de3.runtime.rules import Choice
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.tenant import Bounded, Tenant
-from de3.server.rules import Choice
 
 
 class Live(NamedTuple):

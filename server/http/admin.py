@@ -10,9 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, model_validator
 
 from de3.model_store.manifest import NAME
+from de3.runtime import fields
 from de3.runtime.errors import RequestError
-from de3.server import fields
-from de3.server.fields import JsonObject
+from de3.runtime.fields import JsonObject
 from de3.server.http.openapi import error
 from de3.server.manager import Change
 from de3.server.models import Role

@@ -5,11 +5,11 @@ from typing import Any
 
 import orjson
 
-from de3.server.answer import ModelResult, row_of
-from de3.server.classification import Classification, ClassifyRequest, request_of
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Text
-from de3.server.fields import check_count, check_fields, load_json
+from de3.runtime.answer import ModelResult, row_of
+from de3.runtime.classification import Classification, ClassifyRequest, request_of
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Request, Text
+from de3.runtime.fields import check_count, check_fields, load_json
 from de3.server.http import hugging_face, sglang
 from de3.server.http.protocol import Call, Protocol
 

@@ -16,13 +16,13 @@ from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
+from de3.runtime.answer import DECIMALS
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
+from de3.runtime.fields import JsonObject, check_count, check_fields, load_json, one_or_more, plain_text
 from de3.runtime.options import OptionFields
-from de3.server.answer import DECIMALS
-from de3.server.engine.job import Job
-from de3.server.engine.outcome import Outcome
-from de3.server.engine.request import Request, SpanOptions, Text
-from de3.server.fields import JsonObject, check_count, check_fields, load_json, one_or_more, plain_text
 from de3.server.http.errors import STATUSES
 from de3.server.http.protocol import Call, Protocol
 from de3.server.http.windows import check_all_ran

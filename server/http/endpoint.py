@@ -10,10 +10,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from de3.runtime.background import failures
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Request, Sender
 from de3.runtime.errors import RequestError
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Sender
-from de3.server.fields import LARGE_BODY_BYTES
+from de3.runtime.fields import LARGE_BODY_BYTES
 from de3.server.http import errors
 from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT, Charge
 from de3.server.http.asgi import AsgiRequest

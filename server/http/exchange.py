@@ -9,8 +9,8 @@ from time import perf_counter
 
 from starlette.types import Scope
 
+from de3.runtime.engine.job import Job
 from de3.runtime.errors import Cause
-from de3.server.engine.job import Job
 from de3.server.http.errors import STATUSES
 from de3.server.infer import Inference
 

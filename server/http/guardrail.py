@@ -14,10 +14,10 @@ from pydantic import BeforeValidator, Field
 from de3.exits.spans import redacted
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Text
+from de3.runtime.fields import JsonObject, check_count, check_fields, load_json
 from de3.runtime.options import OptionFields
-from de3.server.engine.job import Job
-from de3.server.engine.request import Text
-from de3.server.fields import JsonObject, check_count, check_fields, load_json
 from de3.server.http.detectors import Detection
 from de3.server.http.protocol import Call, Protocol
 

@@ -18,12 +18,12 @@ from de3.exits.reading import TextReading, ValueReading, read, sigmoid
 from de3.exits.spans import Aggregation
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
+from de3.runtime.answer import DECIMALS, ranked
+from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
+from de3.runtime.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
 from de3.runtime.options import OptionFields
-from de3.server.answer import DECIMALS, ranked
-from de3.server.engine.job import Item, Job
-from de3.server.engine.request import Request, SpanOptions, Text
-from de3.server.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
 from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
 from de3.server.http.windows import check_all_ran

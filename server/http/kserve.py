@@ -9,12 +9,12 @@ import orjson
 from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import TextReading, ValueReading
+from de3.runtime.answer import rounded
+from de3.runtime.classification import text_of
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Request, Text
+from de3.runtime.fields import JsonObject, check_count, check_fields, load_json, one_or_more
 from de3.runtime.options import OptionFields
-from de3.server.answer import rounded
-from de3.server.classification import text_of
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Text
-from de3.server.fields import JsonObject, check_count, check_fields, load_json, one_or_more
 from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
 

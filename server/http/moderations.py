@@ -8,11 +8,11 @@ import orjson
 from pydantic import BeforeValidator, Field
 
 from de3.model_store.manifest import Manifest
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.request import Text
+from de3.runtime.fields import check_count, check_fields, load_json, one_or_more, plain_text
 from de3.runtime.options import OptionFields
-from de3.server.engine.job import Job
-from de3.server.engine.outcome import Outcome
-from de3.server.engine.request import Text
-from de3.server.fields import check_count, check_fields, load_json, one_or_more, plain_text
 from de3.server.http.detectors import Detection, safe_labels
 from de3.server.http.protocol import Call, Protocol
 

@@ -17,12 +17,12 @@ from pydantic import Field
 
 from de3.exits.kinds import Value
 from de3.model_store.manifest import Manifest
+from de3.runtime.answer import rounded
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import RequestError
+from de3.runtime.fields import JsonObject, check_fields, checked_text, load_json
 from de3.runtime.options import OptionFields
-from de3.server.answer import rounded
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Text
-from de3.server.fields import JsonObject, check_fields, checked_text, load_json
 from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service

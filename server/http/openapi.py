@@ -8,9 +8,9 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from de3.runtime.answer import ClassifyResponse, ClassifySeveralResponse
+from de3.runtime.classification import ClassifyRequest
 from de3.runtime.errors import Cause, RequestError
-from de3.server.answer import ClassifyResponse, ClassifySeveralResponse
-from de3.server.classification import ClassifyRequest
 from de3.server.http import errors
 from de3.server.http.protocol import Protocol
 

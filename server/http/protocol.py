@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Request
 from de3.runtime.errors import RequestError
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request
 from de3.server.http import errors
 
 

@@ -4,7 +4,7 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-from de3.server.engine.job import Job
+from de3.runtime.engine.job import Job
 from de3.server.http.exchange import Exchange
 
 log = logging.getLogger("de3.requests")

@@ -13,12 +13,12 @@ from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import sigmoid
 from de3.model_store.manifest import Manifest
+from de3.runtime.answer import significant
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import RequestError
+from de3.runtime.fields import check_count, check_fields, checked_text, load_json
 from de3.runtime.options import OptionFields
-from de3.server.answer import significant
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Text
-from de3.server.fields import check_count, check_fields, checked_text, load_json
 from de3.server.http import tei
 from de3.server.http.errors import openai_body
 from de3.server.http.protocol import Call, Protocol

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BeforeValidator, Field, create_model
 
+from de3.runtime.answer import significant
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
+from de3.runtime.fields import check_count, check_fields, checked_text, load_json
 from de3.runtime.options import OptionFields
-from de3.server.answer import significant
-from de3.server.engine.job import Job
-from de3.server.engine.request import Text
-from de3.server.fields import check_count, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
 from de3.server.http.rerank import PairsRequest, pairs, scores_of
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BeforeValidator, Field
 
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Request, Text
+from de3.runtime.fields import check_count, check_fields, one_or_more, plain_text
 from de3.runtime.options import OptionFields
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Text
-from de3.server.fields import check_count, check_fields, one_or_more, plain_text
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,12 +9,12 @@ from fastapi import FastAPI
 from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import TextReading, ValueReading, sigmoid
+from de3.runtime.answer import ranked
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import Cause, RequestError
+from de3.runtime.fields import check_count, check_fields, checked_text, load_json
 from de3.runtime.options import OptionFields
-from de3.server.answer import ranked
-from de3.server.engine.job import Job
-from de3.server.engine.request import Request, Text
-from de3.server.fields import check_count, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service
 

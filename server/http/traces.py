@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from de3.extras import install
 from de3.runtime.background import report
-from de3.server.engine.job import Item
+from de3.runtime.engine.job import Item
 from de3.server.http.exchange import Exchange
 
 if TYPE_CHECKING:

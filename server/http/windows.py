@@ -1,7 +1,7 @@
 """The check that a text in several windows was read whole, for protocols whose responses cannot say that it was not."""
 
+from de3.runtime.engine.outcome import Outcome
 from de3.runtime.errors import RequestError
-from de3.server.engine.outcome import Outcome
 
 
 def check_all_ran(outcome: Outcome) -> None:

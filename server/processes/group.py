@@ -10,13 +10,13 @@ from typing import Any
 
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.runtime.errors import RequestError
+from de3.runtime.rules import Standing
 from de3.server.audit.report import Live
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.messages import decode
 from de3.server.processes.receiver import CONNECTION, WEIGHTS, receive_fd
 from de3.server.processes.samples import Family
 from de3.server.processes.weights import Weights
-from de3.server.rules import Standing
 
 log = logging.getLogger("de3")
 # A process is killed if it does not answer a call in this many checks, one every CHECK_S: in general; while it loads

@@ -6,13 +6,13 @@ from typing import Any
 
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.runtime.errors import RequestError
+from de3.runtime.rules import Rules
 from de3.server.audit.coordinator import Coordinator
 from de3.server.manager import Plan
 from de3.server.processes.group import Group, Process, ask_all
 from de3.server.processes.messages import decode
 from de3.server.processes.weights import Weights
 from de3.server.processes.worker import State
-from de3.server.rules import Rules
 from de3.server.settings import Settings
 
 

@@ -6,10 +6,10 @@ from functools import partial
 
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact
+from de3.runtime.rules import Rules, Standing
 from de3.server.audit.tenant import Settled, add_settled
 from de3.server.learn.record import Record
 from de3.server.processes.channel import Channel
-from de3.server.rules import Rules, Standing
 
 MAX_UNSENT_BYTES = 2**20
 SEND_S = 0.02  # settled texts and records are collected for this long, then sent together

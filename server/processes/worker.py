@@ -16,6 +16,7 @@ from typing import Any
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.runtime.background import report, run_once
+from de3.runtime.rules import Standing
 from de3.server import logs, memory
 from de3.server.http.http_server import HttpServer, max_connections, stop_signals, uvicorn_config
 from de3.server.manager import Manager, Plan
@@ -25,7 +26,6 @@ from de3.server.processes.receiver import ALL, Receiver
 from de3.server.processes.remote import RemoteAuditStore
 from de3.server.processes.samples import Family, families_of
 from de3.server.processes.upstreams import RemoteUpstreams
-from de3.server.rules import Standing
 from de3.server.service import Service
 from de3.server.settings import Settings
 from de3.server.shared import Leases

@@ -6,10 +6,10 @@ from time import perf_counter
 from typing import Protocol
 
 from de3.exits.reading import ClassReading, read
+from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.outcome import Outcome
 from de3.runtime.errors import RequestError
 from de3.runtime.settings import RuntimeSettings
-from de3.server.engine.job import Item, Job
-from de3.server.engine.outcome import Outcome
 from de3.server.upstream.client import Reply
 from de3.server.upstream.undelivered import Undelivered, key_of
 from de3.server.upstream.usage import Kind, Query

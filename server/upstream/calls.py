@@ -9,9 +9,9 @@ from threading import Thread
 from time import monotonic
 from typing import Any, TypeVar
 
+from de3.runtime.engine.job import Job
 from de3.runtime.errors import RequestError
 from de3.runtime.settings import RuntimeSettings
-from de3.server.engine.job import Job
 from de3.server.upstream.answer import ask_upstreams
 from de3.server.upstream.client import CallError, Reply
 from de3.server.upstream.upstreams import ATTEMPTS, Upstreams

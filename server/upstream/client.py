@@ -16,8 +16,8 @@ import httpcore
 import httpx
 import orjson
 
+from de3.runtime.engine.request import Text
 from de3.runtime.upstream_settings import PLACEHOLDER, UpstreamModel
-from de3.server.engine.request import Text
 from de3.server.upstream.labels import Labels
 
 MAX_RESPONSE_BYTES = 2**18  # parsing takes at most a few milliseconds of the event loop

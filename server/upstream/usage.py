@@ -12,9 +12,9 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from de3.model_store.regular_file import read_regular_file, write_private_file
+from de3.runtime.engine.request import Text
 from de3.runtime.networks import network_of
 from de3.runtime.upstream_settings import UpstreamModel
-from de3.server.engine.request import Text
 from de3.server.upstream.client import Failure, Usage
 
 log = logging.getLogger("de3")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from time import perf_counter
 
 from de3.model_store.segments import Tokens
+from de3.runtime.engine.job import Item
+from de3.runtime.engine.outcome import Decisive, Outcome, Window
+from de3.runtime.engine.queue import WorkQueue
 from de3.runtime.errors import RequestError
-from de3.server.engine.job import Item
-from de3.server.engine.outcome import Decisive, Outcome, Window
-from de3.server.engine.queue import WorkQueue
 
 Result = list[Outcome] | Exception  # the outcomes of an item and of its fellows
 

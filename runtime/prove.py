@@ -30,7 +30,7 @@ MAX_OUTPUT = 2**16  # longest output of the process, characters
 MAX_COUNT = 2**53
 INT8_FIELDS = ("share", "lower", "upper", "texts", "differ", "confidence")  # numbers; see int8_process.py
 REFUSED = 3  # exit code of the process for an unsound artifact
-PROGRAM = "from de3.server.prove import child; child()"
+PROGRAM = "from de3.runtime.prove import child; child()"
 
 
 class Prover:
@@ -203,7 +203,7 @@ def _load(artifact: Artifact, runtime: str) -> str:
 
     from de3.model_store.model import Model
     from de3.model_store.segments import Tokens
-    from de3.server.engine.timing import Timing
+    from de3.runtime.engine.timing import Timing
 
     model, most = Model(artifact, runtime), artifact.manifest.max_tokens
     try:

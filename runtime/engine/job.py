@@ -14,15 +14,15 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.segments import Array, Tokens
 from de3.model_store.tokenizer import PIECE, Windows
+from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.progress import Progress, WindowProgress
+from de3.runtime.engine.request import NOBODY, Entry, Request, Sender, Text
+from de3.runtime.engine.served import MAX_STEP_S, Served
+from de3.runtime.engine.timing import tokens_of
 from de3.runtime.errors import RequestError
+from de3.runtime.ood import OodMonitor
 from de3.runtime.options import ExitOptions
-from de3.server.engine.outcome import Outcome
-from de3.server.engine.progress import Progress, WindowProgress
-from de3.server.engine.request import NOBODY, Entry, Request, Sender, Text
-from de3.server.engine.served import MAX_STEP_S, Served
-from de3.server.engine.timing import tokens_of
-from de3.server.ood import OodMonitor
-from de3.server.rules import Choice
+from de3.runtime.rules import Choice
 
 # Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from de3.model_store.model import Model
-from de3.server.engine.timing import Timing
-from de3.server.ood import OodMonitor
-from de3.server.rules import Rules
+from de3.runtime.engine.timing import Timing
+from de3.runtime.ood import OodMonitor
+from de3.runtime.rules import Rules
 
 # Longest time between two checks of the queue, seconds, unless one layer of one text takes longer.
 MAX_STEP_S = 0.004

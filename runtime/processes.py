@@ -1,4 +1,4 @@
-"""Chooses the number of processes of a server; the default follows from measurements with small and large models."""
+"""Chooses the number of processes; the default follows from measurements with small and large models."""
 
 import os
 import sys

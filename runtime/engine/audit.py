@@ -16,8 +16,8 @@ from de3.exits.rule import ExitRule
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.segments import Array, Tokens
 from de3.runtime.background import Backoff, report
-from de3.server.engine.queue import MAX_GROUP, WorkQueue
-from de3.server.engine.served import MAX_STEP_S, Served
+from de3.runtime.engine.queue import MAX_GROUP, WorkQueue
+from de3.runtime.engine.served import MAX_STEP_S, Served
 
 STEP_S = 0.001  # time between two checks of the queue, unless one layer takes longer
 # Longest wait for an empty queue before each step: under sustained overload, audits are slow but do not stop.

@@ -4,10 +4,10 @@ from collections import Counter, defaultdict, deque
 from heapq import heapify, heappop, heappush
 from threading import Condition, RLock
 
+from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.served import MAX_STEP_S
 from de3.runtime.errors import RequestError
 from de3.runtime.fair_queue import Client, FairQueue
-from de3.server.engine.job import Item, Job
-from de3.server.engine.served import MAX_STEP_S
 
 MAX_GROUP = 16
 MAX_STRETCH = 3  # limit on the time of a text that joins a group, relative to that of the first text

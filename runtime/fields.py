@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from de3.exits.signals import MAX_LAM
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.options import MAX_BUDGET_MS
-from de3.server.engine.request import Text
 
 LARGE_BODY_BYTES = 16 * 1024  # a larger body may take milliseconds to parse
 MAX_BRACKETS = 2**17  # limit for a body, including its texts: each bracket may allocate a list or an object

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from de3.model_store.part import MAX_LAYERS
+from de3.runtime.engine.job import Item
+from de3.runtime.engine.queue import WorkQueue
+from de3.runtime.engine.run import Result, outcomes_of, too_long_error
+from de3.runtime.engine.served import MAX_STEP_S
 from de3.runtime.failures import FailureLog
-from de3.server.engine.job import Item
-from de3.server.engine.queue import WorkQueue
-from de3.server.engine.run import Result, outcomes_of, too_long_error
-from de3.server.engine.served import MAX_STEP_S
 
 failures = FailureLog(logging.getLogger("de3.engine"))
 

@@ -10,7 +10,7 @@ from heapq import heapify, heapreplace
 from threading import Lock
 from time import perf_counter
 
-from de3.server.engine.job import Item, Job
+from de3.runtime.engine.job import Item, Job
 
 
 @dataclass(slots=True)

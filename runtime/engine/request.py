@@ -97,7 +97,7 @@ class Sender:
     Attributes:
         client: fair-share key; the engine's time is shared between clients.
         tenant: name of the request's API key, or empty; a guarantee holds for each tenant.
-        expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s` (see Settings) after
+        expires_at: time at which the request times out (perf_counter seconds); None: `timeout_s` (a setting) after
             its submission.
     """
 

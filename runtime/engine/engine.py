@@ -12,15 +12,15 @@ from threading import Thread
 from time import perf_counter, sleep
 
 from de3.runtime.background import report
+from de3.runtime.engine.audit import Audit, AuditThreads
+from de3.runtime.engine.deadlines import Deadlines
+from de3.runtime.engine.group import failures, run_group
+from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.queue import WorkQueue
+from de3.runtime.engine.run import Result, run
+from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
-from de3.server.engine.audit import Audit, AuditThreads
-from de3.server.engine.deadlines import Deadlines
-from de3.server.engine.group import failures, run_group
-from de3.server.engine.job import Item, Job
-from de3.server.engine.outcome import Outcome
-from de3.server.engine.queue import WorkQueue
-from de3.server.engine.run import Result, run
-from de3.server.engine.served import Served
 
 # A client's deadlines are admitted only up to this lead in engine time over other clients.
 MAX_LEAD_S = 0.1

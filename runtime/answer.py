@@ -12,10 +12,10 @@ from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading
 from de3.exits.rule import ExitReason
 from de3.exits.signals import edr
 from de3.exits.spans import Span, merged, redacted
+from de3.runtime.classification import Classification
+from de3.runtime.engine.job import Item
+from de3.runtime.engine.outcome import Outcome
 from de3.runtime.options import SignalName
-from de3.server.classification import Classification
-from de3.server.engine.job import Item
-from de3.server.engine.outcome import Outcome
 
 DECIMALS = 6  # decimal places of the probabilities in an answer
 MANY, TIE = 16, 1e-6  # see rounded

@@ -7,7 +7,7 @@ from de3.exits.windows import EXPECTED_CHANGE, Flag, combination
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Tokenization, Windows
-from de3.server.engine.outcome import Window
+from de3.runtime.engine.outcome import Window
 
 
 class WindowProgress:

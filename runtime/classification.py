@@ -12,10 +12,10 @@ from de3.exits.spans import Aggregation
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS, Share
+from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
+from de3.runtime.fields import JsonObject, check_fields, checked_text, one_or_more
 from de3.runtime.options import NO_OPTIONS, ExitOptions, OptionFields
-from de3.server.engine.request import Request, SpanOptions, Text
-from de3.server.fields import JsonObject, check_fields, checked_text, one_or_more
 
 MAX_TEMPLATE = 100  # characters that replace a span
 MAX_MODELS = 16  # models that answer on one pass, as in native/layers.h
