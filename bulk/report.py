@@ -11,7 +11,7 @@ from de3.runtime.rules import Rules
 from de3.runtime.settings import RuntimeSettings
 
 if TYPE_CHECKING:
-    from de3.server.upstream.upstreams import Caller
+    from de3.runtime.upstream.upstreams import Caller
 
 
 def report(

@@ -19,12 +19,12 @@ from de3.model_store.store import Artifact
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.settings import RuntimeSettings
+from de3.runtime.upstream.answer import reading_of
+from de3.runtime.upstream.calls import Calls
+from de3.runtime.upstream.client import Reply
+from de3.runtime.upstream.undelivered import key_of
+from de3.runtime.upstream.usage import Kind, Query
 from de3.runtime.upstream_settings import UpstreamModel
-from de3.server.upstream.answer import reading_of
-from de3.server.upstream.calls import Calls
-from de3.server.upstream.client import Reply
-from de3.server.upstream.undelivered import key_of
-from de3.server.upstream.usage import Kind, Query
 
 AHEAD = 4  # slices, in addition to those that run, whose texts may wait for an upstream
 

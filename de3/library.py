@@ -47,7 +47,7 @@ from de3.runtime.upstream_settings import UpstreamModel, read_upstreams
 if TYPE_CHECKING:
     import pyarrow
 
-    from de3.server.upstream.calls import Calls, Placeholders
+    from de3.runtime.upstream.calls import Calls, Placeholders
 
 WINDOW = 2048  # texts per engine job; while one job runs, the next is queued
 CHECK_S = 1.0  # interval between checks of the engine's threads
@@ -173,7 +173,7 @@ class _Loaded:
             jobs_of(self._all, _request_of(fields), 0, lambda _: None)
         self._calls: Calls | Placeholders | None = None
         if upstreams:
-            from de3.server.upstream import calls
+            from de3.runtime.upstream import calls
 
             self._calls = calls.Calls(settings) if asks else calls.Placeholders(settings)
             weakref.finalize(self, self._calls.close)

@@ -23,7 +23,7 @@ from lab.tenants import app as tenants_app
 EXPERIMENTS = ("cells", "drift", "joined", "shift", "signals", "stock", "sweep")
 # The modules that decide, which `mutate` changes.
 MUTATED = (
-    *("exits", "server/audit", "server/learn", "server/processes", "server/upstream"),
+    *("exits", "server/audit", "server/learn", "server/processes", "runtime/upstream"),
     *("export/cache.py", "export/hub.py", "export/fit.py", "model_store/forward.py"),
 )
 app = typer.Typer(no_args_is_help=True, help="Measurements, attacks and studies behind the documentation.")

@@ -183,7 +183,7 @@ class Manifest(Architecture):
         learned: origin of exits that were fitted to live traffic (`de3 serve --learn`); None for other exits.
         aggregation: how a token classifier's spans are made, unless a request says otherwise; None for other models.
         upstream: hash of another service whose answers are the model's full depth, after the last layer (see
-            server.upstream); None: full depth is the last layer.
+            runtime.upstream); None: full depth is the last layer.
         risk: weights of the signal risk, for every exit but the last, or for every exit if there is an upstream; None
             if the model does not have this signal.
         label_risk: for every exit, weights that estimate the probability that its answer differs from the text's

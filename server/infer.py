@@ -16,8 +16,8 @@ from de3.runtime.engine.job import Job, check_texts, jobs_of, with_spans
 from de3.runtime.engine.request import NOBODY, Entry, Request, Sender
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
+from de3.runtime.upstream.answer import ask_upstreams, needs_upstream
 from de3.server.service import Service
-from de3.server.upstream.answer import ask_upstreams, needs_upstream
 
 NOT_AUDITED = nullcontext()
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.

@@ -29,7 +29,7 @@ from de3.server.audit.ledgers import Ledgers
 from de3.server.learn.metrics import LearnMetrics
 from de3.server.settings import Settings
 from de3.server.text_metrics import STAGE_BUCKETS, TextMetrics
-from de3.server.upstream.metrics import UpstreamMetrics
+from de3.server.upstream_metrics import UpstreamMetrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and Prometheus does not need them
 

@@ -18,6 +18,7 @@ from de3.runtime.engine.served import Served
 from de3.runtime.engine.timing import run_longest
 from de3.runtime.errors import RequestError
 from de3.runtime.prove import recorded
+from de3.runtime.upstream.undelivered import Undelivered
 from de3.server import memory
 from de3.server.admission import Admission
 from de3.server.audit.audits import Audits
@@ -28,7 +29,6 @@ from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
 from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
-from de3.server.upstream.undelivered import Undelivered
 
 log = logging.getLogger("de3")
 CHECK_S = 1.0  # interval between checks of the engine threads

@@ -9,6 +9,7 @@ from prometheus_client import generate_latest
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.runtime.rules import Standing
+from de3.runtime.upstream.answer import Asks
 from de3.server.audit.audits import Audits, AuditStore
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.report import Live
@@ -16,7 +17,6 @@ from de3.server.manager import Change, Manager
 from de3.server.metrics import Metrics, register_results
 from de3.server.models import Models
 from de3.server.settings import Settings
-from de3.server.upstream.answer import Asks
 
 
 class Leases(NamedTuple):

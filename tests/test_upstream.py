@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.runtime.engine.request import Text
+from de3.runtime.upstream.breaker import FAILURES, GOOD_S, MAX_CLIENTS, MAX_PAUSE_S, PAUSE_S, Breaker, Call
+from de3.runtime.upstream.client import Reply, Usage
+from de3.runtime.upstream.labels import MAX_CHARS, Labels
+from de3.runtime.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered, key_of
+from de3.runtime.upstream.upstreams import Upstreams
+from de3.runtime.upstream.usage import HOUR_S, MAX_STATE_BYTES, SLOT_S, STALE_S, UpstreamUsage
 from de3.runtime.upstream_settings import MAX_FILE_BYTES, read_upstream
 from de3.server.settings import Settings
-from de3.server.upstream.breaker import FAILURES, GOOD_S, MAX_CLIENTS, MAX_PAUSE_S, PAUSE_S, Breaker, Call
-from de3.server.upstream.client import Reply, Usage
-from de3.server.upstream.labels import MAX_CHARS, Labels
-from de3.server.upstream.undelivered import KEPT_S, MAX_KEPT, Undelivered, key_of
-from de3.server.upstream.upstreams import Upstreams
-from de3.server.upstream.usage import HOUR_S, MAX_STATE_BYTES, SLOT_S, STALE_S, UpstreamUsage
 from tests.upstream import KEY, chat, model_of
 
 LABELS = ["billing", "refund", "card lost", "other"]
@@ -470,7 +470,7 @@ def test_the_quota_does_not_follow_the_systems_clock(tmp_path: Path, monkeypatch
     one.called("audit")
     before = one.quota_wait_s()
     assert HOUR_S - SLOT_S < before <= HOUR_S + SLOT_S
-    monkeypatch.setattr("de3.server.upstream.usage.time", lambda: 0.0)
+    monkeypatch.setattr("de3.runtime.upstream.usage.time", lambda: 0.0)
     assert before - HOUR_S / 2 < one.quota_wait_s() <= before
     one.save()
     clock = Clock(time() - 1e6)  # of a server that starts after the clock was set back

@@ -21,11 +21,11 @@ import de3
 from de3.loadtest.servers import process_tree
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
+from de3.runtime.upstream.calls import Calls
+from de3.runtime.upstream.client import Reply
+from de3.runtime.upstream.usage import Query
 from de3.runtime.upstream_settings import read_upstream
 from de3.server.settings import Settings
-from de3.server.upstream.calls import Calls
-from de3.server.upstream.client import Reply
-from de3.server.upstream.usage import Query
 from tests import files
 from tests.commands import invoke, refusal
 from tests.fixtures import make_rows
@@ -171,7 +171,7 @@ def test_a_killed_run_leaves_no_process_and_does_not_pay_again(
 
     upstream.reply = held
     upstream.model(price_per_call=1, price_per_million_tokens=None)
-    small = "from de3.bulk import source; source.SLICE_ROWS = 8; from de3.server.upstream import upstreams"
+    small = "from de3.bulk import source; source.SLICE_ROWS = 8; from de3.runtime.upstream import upstreams"
     small += "; upstreams.SAVE_S = 0.01; from de3.cli import main; main()"
     command = upstream.command(store, TEXTS, sure.tau, "--part-rows", "16")
     running = subprocess.Popen([sys.executable, "-c", small, *command], stderr=subprocess.PIPE, text=True)
@@ -215,7 +215,7 @@ def test_a_run_waits_while_the_upstream_is_away(
 def test_texts_to_which_the_upstream_has_no_answer(
     several: Path, upstream: Upstream, sure: Sure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("de3.server.upstream.calls.GIVE_UP_S", 0.0)
+    monkeypatch.setattr("de3.runtime.upstream.calls.GIVE_UP_S", 0.0)
     texts = [text for text in TEXTS if text not in sure][:6] + list(sure)[:2]
     replies = {texts[1]: (200, "Neither."), texts[2]: (400, ""), texts[3]: (500, "")}
     upstream.reply = lambda text: replies.get(text) or by_text(text)
@@ -242,7 +242,7 @@ def test_texts_to_which_the_upstream_has_no_answer(
 def test_a_text_that_always_fails_is_given_up_while_others_are_answered(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("de3.server.upstream.upstreams.BACKOFF_S", 0.01)
+    monkeypatch.setattr("de3.runtime.upstream.upstreams.BACKOFF_S", 0.01)
     upstream.reply, said = lambda text: (500, "") if text == "bad" else (200, "positive"), list[str]()
     of = read_upstream(upstream.model())
     calls = Calls(Settings(upstreams=[of]), said.append)

@@ -11,12 +11,12 @@ import pytest
 
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
+from de3.runtime.upstream import breaker, upstreams
+from de3.runtime.upstream.breaker import FAILURES
+from de3.runtime.upstream.client import Reply
+from de3.runtime.upstream.upstreams import Caller, Upstreams
+from de3.runtime.upstream.usage import Kind, Query
 from de3.server.settings import Settings
-from de3.server.upstream import breaker, upstreams
-from de3.server.upstream.breaker import FAILURES
-from de3.server.upstream.client import Reply
-from de3.server.upstream.upstreams import Caller, Upstreams
-from de3.server.upstream.usage import Kind, Query
 from tests.serving import in_event_loop, until
 from tests.upstream import Service, chat, model_of, reply, send, service
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from de3.runtime.engine.request import Text
-from de3.server.upstream.client import (
+from de3.runtime.upstream.client import (
     MAX_RESPONSE_BYTES,
     MAX_RETRY_AFTER_S,
     MAX_TOKENS,

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from de3.server.upstream import upstreams
+from de3.runtime.upstream import upstreams
 from tests.commands import refusal
 from tests.fixtures import make_rows
 from tests.serving import CERTIFICATES, Server, until, waiting_client

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from de3.bulk.run import Summary
     from de3.client import Client, Row
     from de3.model_store.store import Artifact
+    from de3.runtime.upstream.upstreams import Caller
     from de3.runtime.upstream_settings import UpstreamModel
-    from de3.server.upstream.upstreams import Caller
 
 TOO_MANY_REFUSED = 3  # exit code
 IN_FLIGHT = 8  # concurrent requests to a server, for one file

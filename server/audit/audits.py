@@ -15,13 +15,13 @@ from de3.runtime.engine.request import Text
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
 from de3.runtime.rules import Rules, Standing
+from de3.runtime.upstream.answer import Asks, reading_of
+from de3.runtime.upstream.usage import Query
 from de3.server.audit.auditor import LEARN_CALLS, LEARN_TEXTS, Auditor, Traffic
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.learn.record import Record
 from de3.server.settings import Settings
-from de3.server.upstream.answer import Asks, reading_of
-from de3.server.upstream.usage import Query
 
 AUDIT_S = 60.0  # time limit of an upstream's answer to an audited text, with all attempts
 

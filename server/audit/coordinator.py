@@ -10,6 +10,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.runtime.errors import RequestError
 from de3.runtime.rules import Rules, Standing
+from de3.runtime.upstream.upstreams import Upstreams
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.report import Live, report
@@ -18,7 +19,6 @@ from de3.server.learn.learners import Learners
 from de3.server.learn.record import Record
 from de3.server.settings import Settings
 from de3.server.shared_run import MAX_WAITING, SharedRun
-from de3.server.upstream.upstreams import Upstreams
 
 
 class Coordinator:

@@ -4,10 +4,10 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+from de3.runtime.upstream.client import Reply
+from de3.runtime.upstream.usage import Query
 from de3.server.processes.channel import Channel
 from de3.server.processes.messages import decode
-from de3.server.upstream.client import Reply
-from de3.server.upstream.usage import Query
 
 SEND_S = 0.2  # counts are collected for this long, then sent together
 

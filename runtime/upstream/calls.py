@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from de3.runtime.engine.job import Job
 from de3.runtime.errors import RequestError
 from de3.runtime.settings import RuntimeSettings
-from de3.server.upstream.answer import ask_upstreams
-from de3.server.upstream.client import CallError, Reply
-from de3.server.upstream.upstreams import ATTEMPTS, Upstreams
-from de3.server.upstream.usage import Query
+from de3.runtime.upstream.answer import ask_upstreams
+from de3.runtime.upstream.client import CallError, Reply
+from de3.runtime.upstream.upstreams import ATTEMPTS, Upstreams
+from de3.runtime.upstream.usage import Query
 
 T = TypeVar("T")
 PAUSES_S = 5.0  # time for the pauses between the attempts of a call

@@ -9,7 +9,7 @@ import orjson
 
 from de3.model_store.manifest import Manifest
 from de3.runtime.engine.request import Text
-from de3.server.upstream.client import Reply
+from de3.runtime.upstream.client import Reply
 
 KEPT_S, MAX_KEPT = 60.0, 4096
 

@@ -10,9 +10,9 @@ from de3.runtime.engine.job import Item, Job
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.errors import RequestError
 from de3.runtime.settings import RuntimeSettings
-from de3.server.upstream.client import Reply
-from de3.server.upstream.undelivered import Undelivered, key_of
-from de3.server.upstream.usage import Kind, Query
+from de3.runtime.upstream.client import Reply
+from de3.runtime.upstream.undelivered import Undelivered, key_of
+from de3.runtime.upstream.usage import Kind, Query
 
 MIN_PROB = 1e-6  # probabilities below it are raised to it before their logarithm is taken
 

@@ -17,10 +17,10 @@ from de3.runtime.fair_queue import Slots
 from de3.runtime.networks import network_of
 from de3.runtime.settings import RuntimeSettings
 from de3.runtime.shares import Shares
+from de3.runtime.upstream.breaker import Breaker
+from de3.runtime.upstream.client import CallError, Client, Reply
+from de3.runtime.upstream.usage import Query, UpstreamUsage
 from de3.runtime.upstream_settings import UpstreamModel
-from de3.server.upstream.breaker import Breaker
-from de3.server.upstream.client import CallError, Client, Reply
-from de3.server.upstream.usage import Query, UpstreamUsage
 
 log = logging.getLogger("de3")
 ATTEMPTS = 3

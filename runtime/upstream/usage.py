@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.runtime.engine.request import Text
 from de3.runtime.networks import network_of
+from de3.runtime.upstream.client import Failure, Usage
 from de3.runtime.upstream_settings import UpstreamModel
-from de3.server.upstream.client import Failure, Usage
 
 log = logging.getLogger("de3")
 # Why a call was made: no τ was proved yet; no exit was sure; the audit of an answer of the model; the second call of an

@@ -17,8 +17,8 @@ import httpx
 import orjson
 
 from de3.runtime.engine.request import Text
+from de3.runtime.upstream.labels import Labels
 from de3.runtime.upstream_settings import PLACEHOLDER, UpstreamModel
-from de3.server.upstream.labels import Labels
 
 MAX_RESPONSE_BYTES = 2**18  # parsing takes at most a few milliseconds of the event loop
 # What is read at once is parsed without a break: 64 KiB, the default, in chunks of one byte take 60 ms. httpx has no

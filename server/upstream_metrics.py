@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from de3.server.upstream.upstreams import Upstreams
+from de3.runtime.upstream.upstreams import Upstreams
 
 
 class UpstreamMetrics(Collector):
