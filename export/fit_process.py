@@ -12,7 +12,7 @@ from de3.model_store.records import MAX_FILE_BYTES, read
 from de3.model_store.store import Artifact, Store, read_manifest
 from de3.progress import console
 from de3.runtime.child import limit_memory
-from de3.server.learn.job import Job
+from de3.runtime.fit import Job
 
 MAX_CPU_S = 3600
 

@@ -25,8 +25,7 @@ from de3.model_store.model import fitted_of
 from de3.model_store.records import Records
 from de3.model_store.store import Artifact, Store
 from de3.progress import console
-from de3.server.learn.job import Found, Job
-from de3.server.learn.record import HeldOut
+from de3.runtime.fit import Found, HeldOut, Job
 
 FOLDS = 4  # cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts that test the exits

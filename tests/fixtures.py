@@ -287,11 +287,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = ROOT / "build" / "made"  # what made_once keeps from one run to the next
-MAKERS = "exits native model_store data training export server/learn tests/native".split()  # noqa: SIM905
+MAKERS = "exits native model_store data training export tests/native".split()  # noqa: SIM905
 OTHERS = (
     "pyproject.toml",
     "requirements.lock",
     "runtime/child.py",
+    "runtime/fit.py",
     "runtime/upstream_settings.py",
     "tests/fine_tune.py",
 )

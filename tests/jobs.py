@@ -8,9 +8,9 @@ from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, Sender, Text
+from de3.runtime.fit import Job as FitJob
 from de3.runtime.options import ExitOptions
 from de3.runtime.rules import Choice
-from de3.server.learn.job import Job as FitJob
 
 NO_MONITOR = SimpleNamespace(samples=lambda: False, limits=None, tau_factor=1.0)
 

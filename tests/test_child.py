@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from de3.runtime import child
+from de3.runtime.fit import Found
 from de3.server.learn import fitting
-from de3.server.learn.job import Found
 from tests.jobs import fit_job
 from tests.serving import until
 

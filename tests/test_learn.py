@@ -40,13 +40,13 @@ from de3.model_store.model import Model, fitted_of
 from de3.model_store.records import Records, joined, read
 from de3.model_store.store import Artifact, Store
 from de3.runtime.errors import RequestError
+from de3.runtime.fit import Found, HeldOut, Job
 from de3.runtime.rules import Rules
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.tenant import Settled
 from de3.server.learn import fitting
 from de3.server.learn.fitting import FitError, run_fit
-from de3.server.learn.job import Found, Job
 from de3.server.learn.journal import MAX_RESULTS, MAX_VOID, Journal, LearnFolder, Result
 from de3.server.learn.learner import (
     FIRST_FIT,
@@ -60,7 +60,7 @@ from de3.server.learn.learner import (
     result_of,
 )
 from de3.server.learn.learners import MIN_GAIN, Learners
-from de3.server.learn.record import HeldOut, Record
+from de3.server.learn.record import Record
 from de3.server.learn.reservoir import OTHERS, Reservoir
 from de3.server.manager import Change
 from de3.server.settings import Settings

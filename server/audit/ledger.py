@@ -21,9 +21,9 @@ from de3.exits.criteria import criteria_of
 from de3.exits.guarantee import Guarantee, Reason, error_of, profiles
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
+from de3.runtime.fit import HeldOut
 from de3.runtime.rules import Choice, InForce, Rules, Standing
 from de3.server.audit.tenant import MAX_SEEN, MOST_SEEN, Bounded, Settled, Tenant
-from de3.server.learn.record import HeldOut
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")

@@ -12,7 +12,7 @@ from pathlib import Path
 from de3.runtime.background import keep_running
 from de3.runtime.child import command_of
 from de3.runtime.cores import cpu_quota
-from de3.server.learn.job import Found, Job
+from de3.runtime.fit import Found, Job
 
 log = logging.getLogger("de3")
 # At a low priority from the start: the imports take half a second of CPU time.

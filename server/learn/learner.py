@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 from de3.model_store.manifest import LEARNED_FROM, base_of
 from de3.model_store.records import Records, shape_of
 from de3.model_store.store import Artifact
-from de3.server.learn.job import Found
+from de3.runtime.fit import Found, HeldOut
 from de3.server.learn.journal import MAX_RESULTS, MAX_VOID, FitOutcome, LearnFolder, Result
-from de3.server.learn.record import HeldOut, Record
+from de3.server.learn.record import Record
 from de3.server.learn.reservoir import Reservoir
 from de3.server.settings import Settings
 

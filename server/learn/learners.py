@@ -14,11 +14,11 @@ from de3.model_store.manifest import LEARNED_FROM, Manifest, base_of
 from de3.model_store.store import Artifact, Store, StoreError
 from de3.runtime.background import keep_running, report, run_once
 from de3.runtime.errors import RequestError
+from de3.runtime.fit import HeldOut, Job
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
-from de3.server.learn.job import Job
 from de3.server.learn.journal import LearnFolder, Result
 from de3.server.learn.learner import MIN_RECORDS, Changes, InService, Learner, Waiting, result_of, sentence
-from de3.server.learn.record import HeldOut, Record
+from de3.server.learn.record import Record
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")

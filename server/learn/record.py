@@ -1,12 +1,10 @@
-"""Texts of live traffic to which exits are fitted, and held-out texts that test the exits."""
+"""Texts of live traffic to which exits are fitted, or that test them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.criteria import Failures
 from de3.model_store.fitted import Pieces
 
 
@@ -34,31 +32,3 @@ class Record:
     logits: NDArray[np.float32]
     is_extra: bool = False
     ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """A text that is evidence about the exits of a fit: it arrived after the last text that the fit could read.
-
-    Raises ValueError for a text that arrived before.
-
-    Attributes:
-        client: see Record.
-        key: see Record; None if the text is near to one that the exits were fitted to (see model_store.fitted), so it
-            counts only against them.
-        number: position of the text in the traffic, as in Records.
-        cut: position of the last text that the fit could read; see model_store.manifest.Learned.
-        scores: the signal's score at each exit; None at an exit where it is not defined.
-        failures: by criterion of the model, the exits at which the text fails; see exits.criteria.
-    """
-
-    client: str
-    key: int | None
-    number: int
-    cut: int
-    scores: Sequence[float | None]
-    failures: Sequence[Failures]
-
-    def __post_init__(self) -> None:
-        if self.number <= self.cut:
-            raise ValueError(f"text {self.number} could be read by the fit, which ends at {self.cut}")

@@ -1,10 +1,40 @@
 """The messages between a server and the process of a fit (export/fit_process.py), as JSON: the job and its result."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from de3.server.learn.record import HeldOut
+from de3.exits.criteria import Failures
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A text that is evidence about the exits of a fit: it arrived after the last text that the fit could read.
+
+    Raises ValueError for a text that arrived before.
+
+    Attributes:
+        client: as in server.learn.record.Record.
+        key: hash of its tokens; None if the text is near to one that the exits were fitted to (see model_store.fitted),
+            so it counts only against them.
+        number: position of the text in the traffic, as in Records.
+        cut: position of the last text that the fit could read; see model_store.manifest.Learned.
+        scores: the signal's score at each exit; None at an exit where it is not defined.
+        failures: by criterion of the model, the exits at which the text fails; see exits.criteria.
+    """
+
+    client: str
+    key: int | None
+    number: int
+    cut: int
+    scores: Sequence[float | None]
+    failures: Sequence[Failures]
+
+    def __post_init__(self) -> None:
+        if self.number <= self.cut:
+            raise ValueError(f"text {self.number} could be read by the fit, which ends at {self.cut}")
 
 
 class Job(BaseModel):
