@@ -1,4 +1,4 @@
-"""Request errors. `http/errors.py` maps a cause to its status; each protocol has its own error format."""
+"""Request errors. `server/http/errors.py` maps a cause to its status; each protocol has its own error format."""
 
 from typing import Literal
 

@@ -1,1 +1,1 @@
-"""The HTTP server and its engine, which by default has one thread per core."""
+"""The HTTP server, whose models and engine are the runtime's."""

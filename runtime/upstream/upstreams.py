@@ -1,4 +1,4 @@
-"""The upstreams of a server's models: calls within their limits, with retries. They are in the process that counts."""
+"""The upstreams of models: calls within their limits, with retries. They are in the process that counts."""
 
 import asyncio
 import logging
