@@ -24,7 +24,7 @@ EXPERIMENTS = ("cells", "drift", "joined", "shift", "signals", "stock", "sweep")
 # The modules that decide, which `mutate` changes.
 MUTATED = (
     *("exits", "server/audit", "server/learn", "server/processes", "runtime/upstream"),
-    *("export/cache.py", "export/hub.py", "export/fit.py", "model_store/forward.py"),
+    *("export/cache.py", "export/hub.py", "export/fit.py", "model_store/forward.py", "runtime/processes.py"),
 )
 app = typer.Typer(no_args_is_help=True, help="Measurements, attacks and studies behind the documentation.")
 app.add_typer(studies_app, name="study")

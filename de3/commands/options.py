@@ -79,14 +79,13 @@ def add_parameters(
     A field becomes a parameter if it is annotated with a typer.Option and not named in `without`. A field whose
     `show_default` is a string has the default None, because its value depends on other options.
 
-    variable: the environment variable of a field. None: fields have none. order: all names, unless it is that of the
-    declarations.
+    variable: the environment variable of a field. None: fields have none. order: the parameters with these names are
+    last, in this order.
     """
 
     def decorate(command: Command) -> Command:
         own = signature(command, eval_str=True).parameters.values()
         parameters = [parameter for parameter in own if parameter.kind is not Parameter.VAR_KEYWORD]
-        options = list[Parameter]()
         for field in [field for each in classes for field in signature(each).parameters.values()]:
             match get_args(field.annotation):
                 case [kind, *_, OptionInfo() as info] if field.name not in without:
@@ -97,8 +96,8 @@ def add_parameters(
                     option = field.replace(kind=Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info])
                     if isinstance(info.show_default, str):
                         option = option.replace(annotation=Annotated[kind | None, info], default=None)
-                    options.append(option)
-        parameters += sorted(options, key=lambda option: order.index(option.name) if order else 0)
+                    parameters.append(option)
+        parameters.sort(key=lambda each: order.index(each.name) if each.name in order else -1)
         # typer reads options from the signature and the annotations
         command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
