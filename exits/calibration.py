@@ -132,7 +132,7 @@ def _unlike(samples: Samples, index: NDArray[np.int64]) -> list[tuple[NDArray[np
     """Each kind of disagreement at the exits `index`, (n,): of m samples, with their groups; none of no samples."""
     return [
         (differs[np.arange(len(rows)), index[rows]], samples.groups[rows])
-        for differs, rows in samples.recorded.failures
+        for differs, rows in samples.recorded.failures()
         if len(rows)
     ]
 

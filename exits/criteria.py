@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.exits.flags import Flag
 from de3.exits.kinds import Kind, Spans, differs
-from de3.exits.reading import Answer
+from de3.exits.reading import Reading, SpansReading
 
 # The exits at which a text fails, by exit; None if the criterion is not about the text.
 Failures = list[bool] | None
@@ -25,14 +26,19 @@ class Criterion(Protocol):
         name: the name of its rate in reports and state files.
         texts: the name of the number of audited texts that it is about, in reports.
         of_all: it is about all texts.
+        limit: the guaranteed rate; None: it is only measured.
     """
 
     name: ClassVar[str]
     texts: ClassVar[str]
     of_all: ClassVar[bool]
 
-    def failures(self, answers: Sequence[Any]) -> Failures:
-        """The exits at which a text fails. answers: of all exits, full depth's last."""
+    @property
+    def limit(self) -> float | None:
+        """See the attributes."""
+
+    def failures(self, passed: Sequence[Any]) -> Failures:
+        """The exits at which a text fails. passed: the readings of all exits, full depth's last."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +46,79 @@ class Disagreement:
     """An answer must not differ from full depth's."""
 
     kind: Kind
+    limit: float | None = None
     name: ClassVar[str] = "disagreement"
     texts: ClassVar[str] = "audits"
     of_all: ClassVar[bool] = True
 
-    def failures(self, answers: Sequence[Answer]) -> Failures:
+    def failures(self, passed: Sequence[Reading]) -> Failures:
         """The exits whose answer differs from the last one's."""
-        return [differs(self.kind, one, answers[-1]) for one in answers]
+        last = passed[-1].answer
+        return [differs(self.kind, one.answer, last) for one in passed]
 
 
 @dataclass(frozen=True)
 class MissedSpan:
     """No span that full depth finds may be missed; about the texts in which it finds one."""
 
+    limit: float | None = None
     name: ClassVar[str] = "missed"
     texts: ClassVar[str] = "audits_with_spans"
     of_all: ClassVar[bool] = False
 
-    def failures(self, answers: Sequence[frozenset[Any]]) -> Failures:
+    def failures(self, passed: Sequence[SpansReading]) -> Failures:
         """The exits that miss a span of the last one."""
-        return [bool(answers[-1] - one) for one in answers] if answers[-1] else None
+        expected = passed[-1].answer
+        return [bool(expected - one.answer) for one in passed] if expected else None
 
 
-def criteria_of(kind: Kind) -> list[Criterion]:
+@dataclass(frozen=True)
+class MissedFlag:
+    """No text that full depth flags may leave early as safe; about the texts that it flags."""
+
+    flag: Flag
+    limit: float | None = None
+    name: ClassVar[str] = "missed_flagged"
+    texts: ClassVar[str] = "audits_flagged"
+    of_all: ClassVar[bool] = False
+
+    def failures(self, passed: Sequence[Reading]) -> Failures:
+        """The exits whose answer is safe, if the last one's is flagged."""
+        if not self.flag.is_raised(passed[-1]):
+            return None
+        return [*(not self.flag.blocks(one) for one in passed[:-1]), False]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The guaranteed rates, and the flag; None: none.
+
+    Attributes:
+        differing: of answers that differ and, for spans, of texts in which one is missed.
+        missed: of the flagged texts that are missed.
+    """
+
+    differing: float | None = None
+    missed: float | None = None
+    flag: Flag | None = None
+
+    @property
+    def are_set(self) -> bool:
+        """True if there is a guarantee."""
+        return (self.differing, self.missed) != (None, None)
+
+
+NO_LIMITS = Limits()
+
+
+def criteria_of(kind: Kind, limits: Limits = NO_LIMITS) -> list[Criterion]:
     """What is bounded for a kind of answers; the first criterion is about all texts."""
-    return [Disagreement(kind), *([MissedSpan()] if isinstance(kind, Spans) else [])]
+    criteria: list[Criterion] = [Disagreement(kind, limits.differing)]
+    if isinstance(kind, Spans):
+        criteria.append(MissedSpan(limits.differing))
+    if limits.flag is not None:
+        criteria.append(MissedFlag(limits.flag, limits.missed))
+    return criteria
 
 
 def counted(failures: Sequence[Failures], exits: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

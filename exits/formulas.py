@@ -20,6 +20,13 @@ def softmax(logits: ArrayLike) -> Floats:
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
 
+def sigmoid(logits: ArrayLike) -> Floats:
+    """The probability of each label on its own, of logits of any shape."""
+    x = np.asarray(logits, dtype=np.float64)
+    e = np.exp(-np.abs(x))
+    return np.asarray(np.where(x >= 0, 1.0, e) / (1.0 + e))
+
+
 def entropy(probs: ArrayLike) -> Floats:
     """Entropy of probs (..., K) divided by log K, shape (...): 0 is certain, 1 is uniform.
 

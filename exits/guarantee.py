@@ -77,15 +77,20 @@ def profiles(
     differs: Sequence[Sequence[bool]] | NDArray[np.bool_],
     layers: Sequence[int],
     taus: NDArray[np.float64],
+    blocked: Sequence[Sequence[bool]] | NDArray[np.bool_] | None = None,
 ) -> Profiles:
     """Apply the exit rule (`exits.rule`), at each τ of a grid, to texts that were run to full depth.
 
     scores: scores by text and exit, (N, E); None or NaN at an exit without a score. differs: disagreement of each exit
-    with the last one, (N, E). layers: layers of the exits. taus: the grid, (G,).
+    with the last one, (N, E). layers: layers of the exits. taus: the grid, (G,). blocked: where a text that would exit
+    runs to the last layer, (N, E); None: nowhere.
     """
     below = np.array(scores, np.float64).reshape(len(scores), len(layers))[:, :-1]
     least = np.minimum.accumulate(np.where(np.isnan(below), np.inf, below), 1)
     index = (least[:, :, None] >= taus).sum(1)
+    if blocked is not None:
+        is_deep = np.array(blocked, np.bool_).reshape(len(scores), len(layers))
+        index = np.where(np.take_along_axis(is_deep, index, 1), len(layers) - 1, index)
     unlike = np.array(differs, np.bool_).reshape(len(scores), len(layers))
     return Profiles(np.take_along_axis(unlike, index, 1), np.array(layers)[index])
 

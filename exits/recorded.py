@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits import formulas
+from de3.exits.flags import Flag
 from de3.exits.kinds import CLASSES, Kind, Spans, TextKind, Value
 from de3.exits.reading import SpansReading
 
@@ -92,10 +93,23 @@ class Recorded:
         """True where an exit's answer differs from the expected one, (n, exits). expected: shaped like labels."""
         return self.kind.differ(self.answers, expected[:, None])
 
-    @property
-    def failures(self) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+    def failures(self, flag: Flag | None = None) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
         """For each criterion (exits.criteria), where its samples fail, (m, exits), and their indices, (m,)."""
-        return [(self.differs, np.arange(len(self.differs)))]
+        found = [(self.differs, np.arange(len(self.differs)))]
+        if flag is not None:
+            rows = np.flatnonzero(self.flagged(flag)[:, -1])
+            is_safe = ~self.blocked(flag)[rows]
+            is_safe[:, -1] = False
+            found.append((is_safe, rows))
+        return found
+
+    def flagged(self, flag: Flag) -> NDArray[np.bool_]:
+        """True where an exit's answer is flagged, (n, exits)."""
+        return flag.raised(self._text_kind, self.logits)
+
+    def blocked(self, flag: Flag) -> NDArray[np.bool_]:
+        """True where no text exits early, because its answer is flagged, (n, exits)."""
+        return self.flagged(flag)
 
     @property
     def entropy(self) -> formulas.Floats:
@@ -153,13 +167,21 @@ class RecordedSpans(Recorded):
         """The set of spans of each exit, (n, exits)."""
         return self.spans
 
-    @property
-    def failures(self) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
-        """Texts whose set of spans differs; and, among those where full depth finds one, those with one missed."""
+    def failures(self, flag: Flag | None = None) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+        """Texts whose set of spans differs; those with one missed, where full depth finds one; and flagged texts."""
         expected = self.answers[:, -1] if self.original is None else self.original
         rows = np.flatnonzero([bool(one) for one in expected])
         missed = [[bool(expected[i] - one) for one in self.spans[i]] for i in rows]
-        return [*super().failures, (np.array(missed, np.bool_).reshape(len(rows), self.spans.shape[1]), rows)]
+        first, *flagged = super().failures(flag)
+        return [first, (np.array(missed, np.bool_).reshape(len(rows), self.spans.shape[1]), rows), *flagged]
+
+    def flagged(self, flag: Flag) -> NDArray[np.bool_]:
+        """True where an exit finds a span, (n, exits)."""
+        return self.spans.astype(np.bool_)
+
+    def blocked(self, flag: Flag) -> NDArray[np.bool_]:
+        """True where a token may be in a span, (n, exits)."""
+        return self.unsure[..., 3] > 0
 
     @property
     def risk_features(self) -> formulas.Floats:

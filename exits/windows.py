@@ -5,8 +5,8 @@
 - Multi-label: the probability of a label is its highest in any window, as a single passage may justify the label.
 - Regression: the mean of the values, weighted as for classes.
 - Spans: those of the whole text, made once from the tokens of all windows.
-- With a flag (labels to watch for): the answer of the window where they are most probable. It is settled at the
-  first window where the probability reaches the flag's threshold.
+- With a flag: the answer of the window that is closest to it or farthest above it. It is settled at the first window
+  that is flagged. (Several labels of a multi-label model are combined as without a flag.)
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,16 @@ from typing import Any, NamedTuple, Protocol, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.exits.flags import Flag
 from de3.exits.kinds import Classes, Kind, Labels, Spans, Value
-from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading, ValueReading
+from de3.exits.reading import (
+    ClassReading,
+    LabelsReading,
+    Reading,
+    SpansReading,
+    TextReading,
+    ValueReading,
+)
 from de3.exits.spans import Array, Layout, TokenReading
 
 MAX_WINDOWS = 16
@@ -38,24 +46,6 @@ class Span(NamedTuple):
     start: int
     end: int
     new: int
-
-
-class Flag(NamedTuple):
-    """Labels to watch for (their indices), and the minimum probability of any of them at which a text is flagged.
-
-    Several labels must be mutually exclusive.
-    """
-
-    labels: Sequence[int]
-    threshold: float
-
-    def prob(self, reading: ClassReading | LabelsReading) -> float:
-        """The probability that one of the labels is right."""
-        return sum(reading.probs[k] for k in self.labels)
-
-    def is_raised(self, reading: ClassReading | LabelsReading) -> bool:
-        """True if the probability reaches the threshold."""
-        return self.prob(reading) >= self.threshold
 
 
 def most_windows(max_tokens: int) -> int:
@@ -86,10 +76,10 @@ class Combination(Protocol):
     """The combined answer of the windows of a text that have run so far.
 
     Attributes:
-        decisive: with a flag: index of the window that gave the answer.
+        decisive: index of the window that gave the answer; None if several did.
     """
 
-    decisive: int
+    decisive: int | None
 
     def add(self, reading: Any) -> None:
         """Add the answer of the next window."""
@@ -106,12 +96,14 @@ class Combination(Protocol):
 
 
 def combination(kind: Kind, windows: Sequence[Span], flag: Flag | None = None) -> Combination:
-    """The combination of a text's windows. flag: the labels to watch for; None if there are none."""
+    """The combination of a text's windows."""
     weights = [window.new for window in windows]
     match kind:
         case Spans():
             return _Spans([(window.start, window.end) for window in windows])
-        case Classes() | Labels() if flag is not None:
+        case Classes() | Labels() | Value() if flag is not None and (
+            len(flag.labels) == 1 or isinstance(kind, Classes)
+        ):
             return _Flagged(len(windows), flag)
         case Classes():
             return _Classes(weights)
@@ -124,35 +116,42 @@ def combination(kind: Kind, windows: Sequence[Span], flag: Flag | None = None) -
 
 
 class _Flagged:
-    """The answer of the window where the flag's labels are most probable; its logits are those of that window."""
+    """The answer of the window with the highest degree of the flag; its logits are those of that window."""
 
     def __init__(self, count: int, flag: Flag) -> None:
         self._flag, self._left = flag, count
-        self._best: ClassReading | LabelsReading | None = None
-        self._ran = self.decisive = 0
+        self._best: TextReading | None = None
+        self._ran = 0
+        self.decisive: int | None = 0
 
-    def add(self, reading: ClassReading | LabelsReading) -> None:
-        if self._best is None or self._flag.prob(reading) > self._flag.prob(self._best):
+    def add(self, reading: TextReading) -> None:
+        if self._best is None or self._flag.degree(reading) > self._flag.degree(self._best):
             self._best, self.decisive = reading, self._ran
         self._ran += 1
         self._left -= 1
 
     def is_settled(self, change: float = 1.0) -> bool:
-        """True once the flag is raised, even if its labels can still become more probable."""
+        """True once a window is flagged, even if a later one may have a higher degree."""
         return self._left == 0 or (self._best is not None and self._flag.is_raised(self._best))
 
-    def reading(self, last: ClassReading | LabelsReading) -> Reading:
-        best = self._best
-        assert best is not None
-        if isinstance(best, LabelsReading) and isinstance(last, LabelsReading):
-            last = replace(last, labels=best.labels)
-        return replace(last, logits=best.logits, probs=best.probs, label=best.label)
+    def reading(self, last: TextReading) -> Reading:
+        match last, self._best:
+            case ValueReading(), ValueReading(value=value):
+                return replace(last, value=value)
+            case LabelsReading(), LabelsReading() as best:
+                return replace(
+                    last, logits=best.logits, probs=best.probs, label=best.label, labels=best.labels
+                )
+            case ClassReading(), ClassReading() as best:
+                return replace(last, logits=best.logits, probs=best.probs, label=best.label)
+            case _:
+                raise TypeError("the windows of a text have answers of one kind")
 
 
 class _Classes:
     """The mean of the probabilities; its logits are their logarithms."""
 
-    decisive = 0
+    decisive: int | None = None
 
     def __init__(self, weights: Sequence[int]) -> None:
         self._total = self._left = sum(weights)
@@ -181,7 +180,7 @@ class _Classes:
 class _Labels:
     """The highest probability of each label in any window."""
 
-    decisive = 0
+    decisive: int | None = None
 
     def __init__(self, count: int, kind: Labels) -> None:
         self._left, self._kind = count, kind
@@ -206,7 +205,7 @@ class _Labels:
 class _Value:
     """The mean of the values, settled only after the last window, which may change it by any amount."""
 
-    decisive = 0
+    decisive: int | None = None
 
     def __init__(self, weights: Sequence[int]) -> None:
         self._weights, self._left = iter(weights), len(weights)
@@ -235,7 +234,7 @@ class _Spans:
     that cuts the text.
     """
 
-    decisive = 0
+    decisive: int | None = None
 
     def __init__(self, windows: Sequence[tuple[int, int]]) -> None:
         """windows: the tokens [start, end) of the text in each window, without special tokens."""

@@ -19,6 +19,7 @@ from de3.exits.spans import Layout, TokenReading, Unsure
 from de3.model_store.segments import Array, Exits, Layers, NativeExits, NativeLayers, Tokens
 
 NO_DISTANCES = np.zeros(0, np.float32)
+NO_FLAG = None, None, False
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +39,8 @@ class Decision:
             + 1 or, without the last layer, num_layers; None if they are not needed.
         reason: why the sample exited; None before it exits.
         seconds: compute time of the sample until its exit.
+        is_blocked: it would have exited with a reading that the rule's flag blocks, so it runs to `deepest`; not set by
+            the kernels.
         readings: scored readings of the computed exits, the last one at the exit. In the kernels, empty until it exits,
             and without `ask_all` only the last has logits, probs, labels and a value.
         layout: of the tokens, for a token classifier; None for other models.
@@ -57,6 +60,7 @@ class Decision:
     layout: Layout | None = None
     reason: ExitReason | None = field(default=None, init=False)
     seconds: float = field(default=0.0, init=False)
+    is_blocked: bool = field(default=False, init=False)
     readings: list[Reading] = field(default_factory=list, init=False)
     logits: Array = field(init=False)
     distances: Array = field(init=False)
@@ -142,7 +146,8 @@ def _decide(decision: Decision, layer: int, hidden: Array) -> None:
     if decision.states is not None and layer < len(decision.states):
         decision.states[layer] = exits.pooling.mean(hidden)
     # At τ = 0 only the deepest exit is needed. A τ that `mark_ood` multiplied is 0 only if it was 0 before.
-    if layer not in exits.layers or not (rule.tau > 0 or decision.ask_all or layer == decision.deepest):
+    may_exit = rule.tau > 0 and not decision.is_blocked
+    if layer not in exits.layers or not (may_exit or decision.ask_all or layer == decision.deepest):
         return
     logits, found = exits.run(layer, hidden)
     reading: Reading
@@ -157,9 +162,11 @@ def _decide(decision: Decision, layer: int, hidden: Array) -> None:
     is_far = far is not None and nearest is not None and nearest > far[layer]
     if is_far and not decision.is_far:
         decision.mark_ood()
+    is_below = may_exit and decision.rule.exits(reading.score)
+    decision.is_blocked |= is_below and rule.blocks(reading)
     if layer == exits.num_layers:
         decision.reason = "last_layer"
-    elif decision.rule.exits(reading.score):
+    elif is_below and not decision.is_blocked:
         decision.reason = "threshold"
     elif layer == decision.deepest:
         decision.reason = "max_layer"
@@ -226,6 +233,7 @@ def _arguments(one: Decision, tokens: int, is_new: bool) -> tuple[Any, ...]:
         one.states,
         one.counted,
         kind.rule.outside if isinstance(kind, Spans) else -1,
+        *(NO_FLAG if (flag := one.rule.flag) is None else (flag.indices, flag.least, flag.is_below)),
     )
 
 

@@ -298,6 +298,8 @@ static void decide_exit(int layer, Decision *d, int tokens) {
     }
     reading->score = score(d->signal, d->readings, d->num_readings);
     d->is_below_tau = exits(reading->score, d->tau);
+    if (d->is_below_tau && is_blocked(&d->flag, reading, d->logits + at, d->thresholds, head->num_labels))
+        d->is_below_tau = 0, d->tau = 0.0;
     if (d->is_below_tau || layer == d->deepest) d->exit_layer = layer;
 }
 

@@ -33,6 +33,7 @@ typedef struct {
     Signal signal;
     const double *thresholds; /* for a multi-label model: logits (num_labels); NULL for other models */
     const double *far; /* by layer: the largest allowed distance to the nearest prototype; NULL: no limit */
+    Flag flag;         /* a text that would exit with a reading that this blocks runs to the deepest layer */
     double tau_factor; /* factor applied to tau once the text is too far from every prototype of an exit */
 
     const uint8_t *counted; /* with EVERY_TOKEN: 1 for the tokens that can change a span (tokens); otherwise NULL */

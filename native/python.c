@@ -485,8 +485,19 @@ static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
            (signal->code != RISK || holds(weights, (size_t)layers * RISK_FEATURES, 8, "weights"));
 }
 
+/* Set a flag; true if its labels exist, and each has a threshold. Otherwise sets an error. */
+static int has_flag(Flag *flag, const Py_buffer *chosen, const Py_buffer *thresholds, int labels) {
+    flag->labels = chosen->buf;
+    flag->thresholds = thresholds->buf;
+    flag->count = chosen->buf ? (int)(chosen->len / 4) : 0;
+    int ok = flag->count == 0 || (holds(chosen, flag->count, 4, "flag") && holds(thresholds, flag->count, 8, "flag"));
+    for (int i = 0; ok && i < flag->count; i++)
+        ok = require(flag->labels[i] >= 0 && flag->labels[i] < labels, "flag: there is no such label");
+    return ok;
+}
+
 /* The buffers of a text, and of a decision about it. */
-enum { PASS_BUFFERS = 3, DECISION_BUFFERS = 7 };
+enum { PASS_BUFFERS = 3, DECISION_BUFFERS = 9 };
 
 typedef struct {
     Decision *decisions;
@@ -498,8 +509,9 @@ typedef struct {
 /* Fill a decision and its buffers from a tuple (see py_forward); returns 0, with an error set, if it is invalid. */
 static int open_decision(const Model *m, PyObject *tuple, int tokens, Decision *d, Py_buffer *b) {
     PyObject *capsule;
-    if (!PyArg_ParseTuple(tuple, "Odidz*ipdz*z*w*w*z*z*i", &capsule, &d->tau, &d->signal.code, &d->signal.lam, &b[0],
-                          &d->deepest, &d->ask_all, &d->tau_factor, &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &d->outside))
+    if (!PyArg_ParseTuple(tuple, "Odidz*ipdz*z*w*w*z*z*iz*z*p", &capsule, &d->tau, &d->signal.code, &d->signal.lam, &b[0],
+                          &d->deepest, &d->ask_all, &d->tau_factor, &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &d->outside,
+                          &b[7], &b[8], &d->flag.is_below))
         return 0;
     const Exits *e = d->exits = exits_of(capsule);
     if (e == NULL || !require(e->hidden == m->hidden && e->num_layers <= m->num_layers, "the exits are of another encoder"))
@@ -513,7 +525,8 @@ static int open_decision(const Model *m, PyObject *tuple, int tokens, Decision *
              (each ? holds(&b[6], tokens, 1, "counted") : holds(&b[4], labels * layers, 4, "distances")) &&
              (!b[5].buf || ((b[5].len == (Py_ssize_t)(layers * e->hidden * 4) ||
                              holds(&b[5], (layers - 1) * e->hidden, 4, "states")) &&
-                            require(!b[5].readonly, "states is read-only")));
+                            require(!b[5].readonly, "states is read-only"))) &&
+             has_flag(&d->flag, &b[7], &b[8], (int)labels);
     if (!ok) return 0;
     d->thresholds = b[1].buf;
     d->far = b[2].buf;
@@ -620,7 +633,7 @@ static PyObject *exit_list(const Pass *p) {
  * are those of the text in this call, in an exit until that exit.
  * texts: [(ids int64 (T), types int64 (T) or None, hidden, [decision])], where hidden is float32 (T, H), or None if the
  * call runs all layers. decision: (exits, tau, signal, lam, weights, deepest, ask_all, tau_factor, thresholds, far,
- * logits, distances, states, counted, outside), for each model that has not yet decided, where
+ * logits, distances, states, counted, outside, flag, least, is_below), for each model that has not yet decided, where
  *   weights: float64 (num_layers + 1, 5) for the signal risk, or None
  *   thresholds: float64 (K) for a multi-label model, or None
  *   far: float64 (num_layers + 1), or None
@@ -629,7 +642,8 @@ static PyObject *exit_list(const Pass *p) {
  *   states: float32 (num_layers, H), or with the last layer (num_layers + 1, H), or None; num_layers is that of the
  *     exits
  *   counted: uint8 (T), 1 for the tokens that can change a span, with exits for each token; otherwise None
- *   outside: the label of tokens outside of spans, or -1 */
+ *   outside: the label of tokens outside of spans, or -1
+ *   flag, least, is_below: labels int32 (n) and thresholds float64 (n) of a flag, or None; see Flag in exits/flags.py */
 static PyObject *py_forward(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *result = NULL;
     Opened opened[MAX_PASSES];

@@ -114,17 +114,31 @@ Reading read_tokens(int layer, const float *logits, const uint8_t *counted, int 
     return reading;
 }
 
+static double sigmoid(double x) { return x >= 0.0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x)); }
+
 void probabilities(const float *logits, const double *thresholds, int num_labels, double *to) {
     if (thresholds) {
-        for (int k = 0; k < num_labels; k++) {
-            double x = logits[k];
-            to[k] = x >= 0.0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x));
-        }
+        for (int k = 0; k < num_labels; k++) to[k] = sigmoid(logits[k]);
         return;
     }
     double top = logits[best(logits, num_labels, -1)], total = 0.0;
     for (int k = 0; k < num_labels; k++) total += to[k] = exp(logits[k] - top);
     for (int k = 0; k < num_labels; k++) to[k] /= total;
+}
+
+int is_blocked(const Flag *flag, const Reading *reading, const float *logits, const double *thresholds, int num_labels) {
+    if (flag->count == 0 || reading->is_spans) return flag->count && reading->found;
+    double least = flag->thresholds[0], top = logits[reading->label], total = 0.0, found = 0.0;
+    if (reading->is_value)
+        return flag->is_below ? !(reading->value > least) : !(reading->value < least);
+    if (thresholds) {
+        for (int i = 0; i < flag->count; i++)
+            if (!(sigmoid(logits[flag->labels[i]]) < flag->thresholds[i])) return 1;
+        return 0;
+    }
+    for (int k = 0; k < num_labels; k++) total += exp(logits[k] - top);
+    for (int i = 0; i < flag->count; i++) found += exp(logits[flag->labels[i]] - top) / total;
+    return !(found < least);
 }
 
 static double at_least(double x, double low) { return x < low ? low : x; } /* keeps NaN */

@@ -34,6 +34,13 @@ typedef struct {
     const double *weights; /* RISK's, (num_layers + 1, RISK_FEATURES): see exits/signals.py; NaN: no exit */
 } Signal;
 
+/* What a guard looks for: see Flag in exits/flags.py. */
+typedef struct {
+    const int32_t *labels;    /* (count) */
+    const double *thresholds; /* (count); of classes and a value, only the first is used */
+    int count, is_below;      /* count 0: no flag */
+} Flag;
+
 /* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has no
  * prototypes. thresholds: of a multi-label model, as logits, num_labels; NULL: another kind of model. One label means
  * regression. */
@@ -44,6 +51,9 @@ Reading read_tokens(int layer, const float *logits, const uint8_t *counted, int 
 
 /* The probabilities of an exit's labels, num_labels: the softmax, or with thresholds the sigmoid of each logit. */
 void probabilities(const float *logits, const double *thresholds, int num_labels, double *to);
+
+/* True if no text exits early with this reading. logits, thresholds, num_labels: see read_exit. */
+int is_blocked(const Flag *flag, const Reading *reading, const float *logits, const double *thresholds, int num_labels);
 
 /* The signal at the last of `count` computed exits of a text, in [0, 1]; NaN: undefined at this exit. */
 double score(Signal signal, const Reading *readings, int count);

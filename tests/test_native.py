@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto
 
+from de3.exits.flags import Flag
 from de3.exits.kinds import CLASSES, Classes, Kind, Labels, Value
 from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
@@ -161,7 +162,25 @@ def logits_of(group: list[np.ndarray], model: Any, exits: Any, types: np.ndarray
     """The logits of both exits for each text of a group that runs together."""
     found, texts = [floats(2, 2, labels) for _ in group], []
     for ids, values in zip(group, found, strict=True):
-        decision = exits, 0.0, 0, 0.0, None, 1, True, 1.0, None, None, *values, None, None, -1
+        decision = (
+            exits,
+            0.0,
+            0,
+            0.0,
+            None,
+            1,
+            True,
+            1.0,
+            None,
+            None,
+            *values,
+            None,
+            None,
+            -1,
+            None,
+            None,
+            False,
+        )
         texts.append((ids, types[:, : ids.size].copy(), None, [decision]))
     kernels.forward(model, texts, 0, 1)
     return [values[0].tobytes() for values in found]
@@ -401,7 +420,10 @@ def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
         of: Kind = {"labels": Labels.of(limits), "value": Value(0.5)}.get(kind, CLASSES)
         tau = draw(st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.97, 1.0]))
         signal = draw(risk | st.sampled_from(others) if others else risk)
-        fields: dict[str, Any] = {"rule": ExitRule(tau, signal, kind=of)}
+        flagged = tuple(sorted(draw(st.sets(st.integers(0, labels - 1), max_size=3))))
+        is_below = kind == "value" and draw(st.booleans())
+        flag = Flag(flagged, tuple(limits[: len(flagged)]), is_below) if flagged else None
+        fields: dict[str, Any] = {"rule": ExitRule(tau, signal, kind=of, flag=flag)}
         fields |= {"deepest": draw(st.sampled_from(layers[::-1])), "ask_all": draw(st.booleans())}
         if draw(st.booleans()):  # the distances are about 1
             far = [draw(st.just(0.0) | st.floats(0.7, 1.1)) for _ in range(layers[-1] + 1)]
@@ -656,9 +678,9 @@ def test_a_wrong_argument_is_an_error_not_a_crash_and_leaves_nothing_in_use() ->
     exit_, no_space = (floats(3, 64), np.arange(3, dtype=np.float32)), (b"",) * 4
     head = exits, floats(64, 64), row, 0, 1
     decision = (exits, 0.5, 2, 1.0, weights, 1, False, 1.0, None, np.ones(2), floats(2, 3), floats(2, 3))
-    decision += floats(2, 64), None, False
-    of_labels = *decision[:8], np.zeros(3), *decision[9:]
-    of_tokens = each, *decision[1:9], None, floats(2, 2, 3), bytearray(), None, bytes(2), False
+    decision += floats(2, 64), None, False, np.int32([0, 2]), np.zeros(2), False
+    of_labels = *decision[:8], np.zeros(3), *decision[9:15], None, None, False
+    of_tokens = each, *decision[1:9], None, floats(2, 2, 3), bytearray(), None, bytes(2), *decision[14:]
     texts = [(ids, types, hidden, [decision] * 16), (ids, types, hidden, [of_labels, of_tokens])]
     forward = kernels.forward, model, texts, 0, 1
     with pytest.raises(ValueError, match="not complete"):
@@ -744,7 +766,9 @@ def test_a_wrong_argument_is_an_error_not_a_crash_and_leaves_nothing_in_use() ->
                 *(without(0, wrong) for wrong in (model, other)),
                 *(without(4, wrong) for wrong in (None, b"")),
                 *(without(n, bytes(decision[n])) for n in (10, 11, 12)),
-                text(decisions=[(*of_tokens[:13], None, False)]),
+                text(decisions=[(*of_tokens[:13], None, *of_tokens[14:])]),
+                *(without(15, np.int32(wrong)) for wrong in ([0, 3], [-1, 2], [0])),
+                without(16, None),
                 *(text(ids=wrong) for wrong in (bad, ids - 1)),
                 *(text(types=wrong) for wrong in (types + 2, None)),
                 *(text(hidden=bytes(hidden)), text(ids=no_text, types=no_text, hidden=None)),
