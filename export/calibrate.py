@@ -174,8 +174,8 @@ def _report(
     tables: dict[str, list[TradeOff]], default: TradeOff, samples: Samples, self_labelled: bool
 ) -> None:
     count = f"{len(samples.recorded.labels)} certifying samples"
-    if len(samples.recorded.failures) > 1:
-        count += f", {len(samples.recorded.failures[1][1])} with spans"
+    if len(samples.recorded.failures()) > 1:
+        count += f", {len(samples.recorded.failures()[1][1])} with spans"
     reference = "full depth" if samples.recorded.original is None else "the original model"
     columns = ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%")
     table = empty_table(columns, f"Speed-up in layers by disagreement with {reference}, {count}")

@@ -30,7 +30,7 @@ def child() -> None:
         if job.after is None:
             result = learn.learn(artifact, records, Store(job.store), job)
         else:
-            result = learn.test(artifact, records, job.after, job.by_client)
+            result = learn.test(artifact, records, job.after, job.by_client, job.limits.flag)
         print(result.model_dump_json())
     except MemoryError:
         print(json.dumps({"error": f"it needs more than {job.memory // 2**20} MiB"}))

@@ -11,6 +11,8 @@ from safetensors.numpy import save as save_tensors
 
 from de3.exits import betting, risk
 from de3.exits.calibration import FINE_TAUS
+from de3.exits.criteria import Limits, criteria_of
+from de3.exits.flags import Flag
 from de3.exits.guarantee import error_of, profiles
 from de3.exits.recorded import Recorded
 from de3.export import fit, states
@@ -61,16 +63,16 @@ def fit_exits(
     records: Records,
     manifest: Manifest,
     attempt: int,
-    rate: float,
+    limits: Limits,
     first_new: int = 0,
     by_client: bool = False,
     base: Artifact | None = None,
 ) -> Fitted:
     """Fit exits and risk to records of a model, and test them on later ones.
 
-    attempt: number of the fit, from 1; determines the error probability of the test (see `error_of`). rate: the
-    guaranteed rate of disagreement. first_new: number of the first record that tests may use; earlier records are from
-    before a change in the traffic. by_client: each client has a guarantee of its own, so all its held-out records are
+    attempt: number of the fit, from 1; determines the error probability of the test (see `error_of`). limits: the
+    guarantee. first_new: number of the first record that tests may use; earlier records are from before a change in the
+    traffic. by_client: each client has a guarantee of its own, so all its held-out records are
     evidence. base: the model, if it is a token classifier, which runs the records' tokens.
 
     Raises ValueError if there are too few records.
@@ -87,13 +89,15 @@ def fit_exits(
     if len(new) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
         raise ValueError(f"{len(records)} records, {len(new)} new texts among the last of them, are too few")
     kind = _Texts(manifest) if base is None or not manifest.is_spans else _Tokens(base)
-    exits, tune = kind.fit(fitted, rate)
+    exits, tune = kind.fit(fitted, limits.differing or 0.0)
     tested = kind.recorded(exits, tests)
     certify = part_of(tested.rows(new), groups_of(tests.part(new)))
     calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
     scores = calibrated.risk.scores(tested)
-    proved, speedup = _speedups(tested.rows(new), scores[new], rate, error_of(attempt))
-    evidence = list(_evidence(tests.part(held), tested.rows(held), scores[held], is_near[held], cut))
+    proved, speedup = _speedups(tested.rows(new), scores[new], limits, error_of(attempt))
+    evidence = list(
+        _evidence(tests.part(held), tested.rows(held), scores[held], is_near[held], cut, limits.flag)
+    )
     return Fitted(exits, calibrated, speedup, proved, evidence, cut, texts)
 
 
@@ -193,18 +197,22 @@ def _split(records: Records, cut: int, first_new: int) -> tuple[Records, Records
 
 
 def _speedups(
-    recorded: Recorded, scores: NDArray[np.float64], rate: float, error: float
+    recorded: Recorded, scores: NDArray[np.float64], limits: Limits, error: float
 ) -> tuple[float, float]:
     """Speed-ups at the highest τ that these texts prove, and at the best τ in hindsight."""
-    taus = np.unique(FINE_TAUS)
-    costs = profiles(scores, recorded.differs, recorded.exit_costs, taus).layers
+    taus, deep = np.unique(FINE_TAUS), _blocked(recorded, limits.flag)
+    costs = profiles(scores, recorded.differs, recorded.exit_costs, taus, deep).layers
     speedups = recorded.exit_costs[-1] / np.maximum(costs.mean(0), 1e-3)
     is_proved, is_within = np.ones(len(taus), np.bool_), np.ones(len(taus), np.bool_)
-    for unlike, rows in recorded.failures:
-        differing = profiles(scores[rows], unlike, recorded.exit_costs, taus).differs
+    criteria = criteria_of(recorded.kind, limits)
+    for one, (unlike, rows) in zip(criteria, recorded.failures(limits.flag), strict=True):
+        if one.limit is None:
+            continue
+        deep_rows = None if deep is None else deep[rows]
+        differing = profiles(scores[rows], unlike, recorded.exit_costs, taus, deep_rows).differs
         counts = np.full(len(taus), len(rows)), differing.sum(0)
-        is_proved &= betting.e_values(*counts, np.full(len(taus), rate)) >= 1 / error
-        is_within &= differing.sum(0) <= rate * len(rows)
+        is_proved &= betting.e_values(*counts, np.full(len(taus), one.limit)) >= 1 / error
+        is_within &= differing.sum(0) <= one.limit * len(rows)
 
     def last(holds: NDArray[np.bool_]) -> float:
         """The speed-up at the last τ before the first for which `holds` is false; τ = 0 always holds."""
@@ -214,17 +222,23 @@ def _speedups(
     return last(is_proved), last(is_within)
 
 
+def _blocked(recorded: Recorded, flag: Flag | None) -> NDArray[np.bool_] | None:
+    return None if flag is None else recorded.blocked(flag)
+
+
 def _evidence(
     records: Records,
     recorded: Recorded,
     scores: NDArray[np.float64],
     is_near: NDArray[np.bool_],
     cut: int,
+    flag: Flag | None,
 ) -> Iterator[HeldOut]:
     """Yield the evidence of each held-out record. is_near: whether it is near to a record that the fit read."""
     by_criterion = [
-        dict(zip(rows.tolist(), fails.tolist(), strict=True)) for fails, rows in recorded.failures
+        dict(zip(rows.tolist(), fails.tolist(), strict=True)) for fails, rows in recorded.failures(flag)
     ]
+    deep = _blocked(recorded, flag)
     for i, one in enumerate(scores):
         yield HeldOut(
             records.names[records.clients[i]],
@@ -233,6 +247,7 @@ def _evidence(
             cut,
             [None if np.isnan(score) else float(score) for score in one],
             [failures.get(i) for failures in by_criterion],
+            () if deep is None else deep[i].tolist(),
         )
 
 
@@ -278,7 +293,7 @@ def import_records(base: Artifact, files: Sequence[Path], store: Store, name: st
     Raises ValueError for unusable files or too few records, and StoreError for a damaged model.
     """
     records = opened(files, base.manifest)
-    fitted = fit_exits(records, base.manifest, 1, rate, base=base)
+    fitted = fit_exits(records, base.manifest, 1, Limits(rate), base=base)
     console.print(
         f"on {len(fitted.evidence)} held-out records the exits allow a speed-up of {fitted.speedup:.2f}× in layers at "
         f"{100 * rate:g}% disagreement",
@@ -295,7 +310,7 @@ def learn(base: Artifact, records: Records, store: Store, job: Job) -> Found:
     """
     manifest = base.manifest
     check(records, manifest)
-    fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new, job.by_client, base)
+    fitted = fit_exits(records, manifest, job.attempt, job.limits, job.first_new, job.by_client, base)
     path, is_better = None, fitted.speedup > job.speedup
     if is_better:
         path = publish(base, fitted, store, job.attempt, len(records), version=job.version)
@@ -310,10 +325,13 @@ def learn(base: Artifact, records: Records, store: Store, job: Job) -> Found:
     )
 
 
-def test(model: Artifact, records: Records, after: int, by_client: bool = False) -> Found:
+def test(
+    model: Artifact, records: Records, after: int, by_client: bool = False, flag: Flag | None = None
+) -> Found:
     """Test the exits of a learned version on the records with higher numbers than `after`; returns the evidence.
 
-    by_client: see fit_exits. Raises ValueError for records of another model, and StoreError for a damaged model.
+    by_client: see fit_exits. flag: the guarantee's. Raises ValueError for records of another model, and StoreError for
+    a damaged model.
     """
     check(records, model.manifest)
     learned, texts = model.manifest.learned, fitted_of(model)
@@ -328,4 +346,5 @@ def test(model: Artifact, records: Records, after: int, by_client: bool = False)
     newer = records.part(rows)
     outputs = recorded(model, newer)
     scores = model.manifest.default_signal.scores(outputs)
-    return Found(evidence=list(_evidence(newer, outputs, scores, texts.are_near(newer.pieces), learned.cut)))
+    is_near = texts.are_near(newer.pieces)
+    return Found(evidence=list(_evidence(newer, outputs, scores, is_near, learned.cut, flag)))

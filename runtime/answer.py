@@ -94,11 +94,18 @@ class Windows(TypedDict):
 
 
 class Flag(TypedDict):
-    """The label to watch for, its probability, and the window where it is most probable."""
+    """Whether a text is flagged, the most probable label that it is flagged for, and the window that decides."""
 
-    label: str
-    prob: Annotated[float, Field(description="probability of the label; with several windows, the highest")]
-    flagged: Annotated[bool, Field(description="the probability reaches the threshold")]
+    label: NotRequired[str]
+    prob: NotRequired[
+        Annotated[float, Field(description="probability of the labels; with several windows, the highest")]
+    ]
+    flagged: Annotated[
+        bool | None,
+        Field(
+            description="the answer reaches the flag's threshold; null: not yet, when the latency budget ended"
+        ),
+    ]
     window: NotRequired[
         Annotated[int, Field(description="index of the window with that probability, if there are several")]
     ]
@@ -245,14 +252,13 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
     if outcome.windows:
         layers = [window.layer for window in outcome.windows]
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
-    if job.flag is not None:
-        assert isinstance(reading, ClassReading | LabelsReading)  # see engine.job
-        prob = job.flag.prob(reading)
-        row["flag"] = {
-            "label": labels[job.flag.labels[0]],
-            "prob": prob if exact else round(prob, DECIMALS),
-            "flagged": prob >= job.flag.threshold,
-        }
+    if (flag := job.choice.rule.flag) is not None:
+        is_raised = flag.is_raised(reading)
+        # What a latency budget cuts off is never safe.
+        row["flag"] = {"flagged": is_raised or (None if outcome.reason == "deadline" else False)}
+        if isinstance(reading, ClassReading | LabelsReading):
+            prob, most = flag.prob(reading), max(flag.labels, key=reading.probs.__getitem__)
+            row["flag"] |= {"label": labels[most], "prob": prob if exact else round(prob, DECIMALS)}
         if (decisive := outcome.decisive) is not None:
             row["flag"] |= {"window": decisive.window, "start": decisive.start, "end": decisive.end}
     if request.ood:

@@ -15,6 +15,7 @@ from de3.model_store.part import MAX_LABELS, Share
 from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_fields, checked_text, one_or_more
+from de3.runtime.flags import Wanted
 from de3.runtime.options import NO_OPTIONS, ExitOptions, OptionFields
 
 MAX_TEMPLATE = 100  # characters that replace a span
@@ -39,7 +40,7 @@ class Classification(Request):
     top_k: int = 0
     indices: Sequence[int] = ()
 
-    def for_model(self, manifest: Manifest) -> Self:
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """The same request; raises RequestError for `top_k` or `raw` with a model that has no labels to rank."""
         if manifest.is_spans and (self.top_k or self.raw):
             name = "top_k" if self.top_k else "raw"
@@ -295,7 +296,7 @@ def request_of(fields: ClassifyRequest) -> Classification:
         fields.explain,
         fields.ood,
         MAX_WINDOWS if fields.long == "windows" else 1,
-        None if fields.flag is None else ([fields.flag], fields.flag_threshold),
+        None if fields.flag is None else Wanted([fields.flag], fields.flag_threshold),
         models=fields.options_of_models,
         spans=fields.spans,
         is_one_window=fields.long in ("truncate", "error") or "truncate" in fields.model_fields_set,

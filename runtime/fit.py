@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from de3.exits.criteria import Failures
+from de3.exits.criteria import Failures, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class HeldOut:
         cut: position of the last text that the fit could read; see model_store.manifest.Learned.
         scores: the signal's score at each exit; None at an exit where it is not defined.
         failures: by criterion of the model, the exits at which the text fails; see exits.criteria.
+        blocked: the exits whose answer is flagged; empty without a flag.
     """
 
     client: str
@@ -31,6 +32,7 @@ class HeldOut:
     cut: int
     scores: Sequence[float | None]
     failures: Sequence[Failures]
+    blocked: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         if self.number <= self.cut:
@@ -46,7 +48,7 @@ class Job(BaseModel):
         store: folder of the store for the new version.
         version: number of the new version.
         attempt: number of this fit.
-        rate: the guaranteed rate of disagreement.
+        limits: the guarantee.
         first_new, by_client: see export.learn.fit_exits.
         speedup: speed-up in layers that is served now.
         memory: memory limit, bytes.
@@ -60,7 +62,7 @@ class Job(BaseModel):
     store: Path
     version: int
     attempt: int
-    rate: float
+    limits: Limits
     first_new: int
     by_client: bool
     speedup: float

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from de3.exits.bound import CONFIDENCE
+from de3.exits.criteria import Limits
 from de3.exits.guarantee import Reason
 from de3.exits.kinds import Labels
 from de3.exits.rule import ExitRule
@@ -13,8 +14,9 @@ from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.runtime.errors import RequestError
+from de3.runtime.flags import Wanted, flag_of, parsed
 from de3.runtime.options import CALIBRATED, NEED_AN_EXIT, NO_OPTIONS, ExitOptions
-from de3.runtime.settings import RuntimeSettings
+from de3.runtime.settings import GUARANTEES, RuntimeSettings
 
 MAX_NAMED = 20  # signals or labels in a message
 MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
@@ -112,6 +114,26 @@ class Choice:
         return row
 
 
+def _flag_of(manifest: Manifest, settings: RuntimeSettings) -> Wanted | None:
+    """The flag of a model in the settings; None if it has none."""
+    flags = dict(parsed(one) for one in settings.flags)
+    return flags.get(manifest.name, flags.get(""))
+
+
+def _limits_of(wanted: Wanted | None, manifest: Manifest, settings: RuntimeSettings) -> Limits:
+    """The guarantee for a model, and its flag; raises RequestError if the model cannot have the flag, or has none."""
+    if wanted is None and settings.guarantee_missed is not None and settings.guarantee is None:
+        raise RequestError(
+            f"guarantee_missed: {manifest.name} has no flag; give --flag {manifest.name}=LABEL, or --guarantee",
+            "guarantee_missed",
+        )
+    if wanted is None:
+        return Limits(settings.guarantee)
+    if manifest.upstream is not None:
+        raise RequestError(f"flag: {manifest.name} has an upstream; only requests may have a flag", "flag")
+    return Limits(settings.guarantee, settings.guarantee_missed, flag_of(wanted, manifest, manifest.kind))
+
+
 def _needs_an_exit(options: ExitOptions, last: int | None) -> str | None:
     """Name of the first option that needs an exit before full depth; None if full depth meets the options.
 
@@ -133,6 +155,8 @@ class Rules:
         self._manifest, self._exits = manifest, manifest.exit_layers
         self._traits = manifest.traits
         self._kind = manifest.kind
+        self.flag = _flag_of(manifest, settings)
+        self.limits = _limits_of(self.flag, manifest, settings)
         self.name = manifest.full_name
         table = manifest.calibration.table if manifest.calibration else []
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
@@ -147,9 +171,9 @@ class Rules:
             self._at_full_depth(settings.options)
         default = self._at_tau(tau, self._signal, "default")
         self.default = self._by_target(replace(settings.options, tau=None), default)
-        self._rate, self._epoch = settings.guarantee, 0
+        self._epoch = 0
         self._by_tenant: dict[str, Choice] = {}  # used with a guarantee
-        if self._rate is not None:
+        if self.limits.are_set:
             self.default = self._start = self._guaranteed(0.0, "start")
         self.steps = self._steps(settings) if manifest.calibration else []
 
@@ -158,7 +182,7 @@ class Rules:
 
         Empty if a target or a guarantee sets the default, without a calibration, or with an upstream.
         """
-        targets = (*CALIBRATED, "guarantee")
+        targets = (*CALIBRATED, *GUARANTEES)
         has_upstream = self._manifest.upstream is not None  # fewer calls do not relieve the engine
         if (
             self.trade_offs is None
@@ -178,7 +202,7 @@ class Rules:
 
         `default` becomes the choice of the tenant with the median τ.
         """
-        if self._rate is None:
+        if not self.limits.are_set:
             return
         if standing.epoch != self._epoch:
             self._epoch, self._by_tenant = standing.epoch, {}
@@ -189,12 +213,16 @@ class Rules:
         self.default = ordered[(len(ordered) - 1) // 2] if ordered else self._start
 
     def _guaranteed(self, tau: float, reason: Reason) -> Choice:
-        row = {"max_disagreement": self._rate, "confidence": CONFIDENCE, "reason": reason}
-        return replace(self._at_tau(tau, self._signal, "guarantee", self._rate), guarantee=row)
+        differing, missed = self.limits.differing, self.limits.missed
+        rates = {"max_disagreement": differing, "max_missed": missed}
+        row: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+        row |= {"confidence": CONFIDENCE, "reason": reason}
+        requested = missed if differing is None else differing
+        return replace(self._at_tau(tau, self._signal, "guarantee", requested), guarantee=row)
 
     def of_tenant(self, tenant: str) -> Choice:
         """The choice for a tenant's requests without options, unless load changes it."""
-        return self.default if self._rate is None else self._by_tenant.get(tenant, self._start)
+        return self._by_tenant.get(tenant, self._start) if self.limits.are_set else self.default
 
     def in_force(self, level: int) -> Choice:
         """The choice for requests without options at a load level."""
@@ -209,12 +237,26 @@ class Rules:
         max_layer: int | None = None,
     ) -> Choice:
         expected = self._rows.get((tau, *_key(signal))) if max_layer is None else None
-        return Choice(ExitRule(tau, signal, max_layer, self._kind), set_by, requested, expected)
+        rule = ExitRule(tau, signal, max_layer, self._kind, self.limits.flag)
+        return Choice(rule, set_by, requested, expected)
 
     def _at_row(self, row: TradeOff, set_by: str, requested: float | None = None) -> Choice:
         """The choice for a row of the calibration table."""
         signal = self._signals[Key(row.signal, row.lam)]
-        return Choice(ExitRule(row.tau, signal, kind=self._kind), set_by, requested, row)
+        return Choice(ExitRule(row.tau, signal, None, self._kind, self.limits.flag), set_by, requested, row)
+
+    def with_flag(self, choice: Choice, flag: Wanted | None) -> Choice:
+        """A choice for a request with a flag of its own, if it has one; raises RequestError for an unknown label.
+
+        A certificate for exits with any answer holds for one-sided exits, too (see exits.flags). But audits of one
+        flag's exits say nothing about those of another.
+        """
+        if flag is None:
+            return choice
+        found, rule = flag_of(flag, self._manifest, choice.rule.kind), choice.rule
+        if choice.guarantee is not None and self.limits.flag not in (None, found):
+            rule, choice = replace(rule, tau=0.0), replace(choice, guarantee=None, expected=None)
+        return replace(choice, rule=replace(rule, flag=found))
 
     def choose(self, options: ExitOptions, level: int = 0, tenant: str = "") -> Choice:
         """The choice for a request's options; raises RequestError if they cannot be met.
@@ -277,7 +319,7 @@ class Rules:
             return self._explicit(options.tau, signal, options.max_layer, tenant)
         if signal is self._signal:
             return self._by_target(
-                options, self.of_tenant(tenant) if self._rate is not None else self.in_force(level)
+                options, self.of_tenant(tenant) if self.limits.are_set else self.in_force(level)
             )
         targets = [name for name in CALIBRATED if getattr(options, name) is not None]
         return self._by_target(options, self._default_with(signal, tenant, *targets))

@@ -4,10 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from typer import Option
 
 from de3.runtime.cores import available_cores
+from de3.runtime.flags import parsed
 from de3.runtime.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
 from de3.runtime.upstream_settings import UpstreamModel
 
@@ -16,6 +17,13 @@ default_option = partial(Option, rich_help_panel="Default exit options")
 load_option = partial(Option, rich_help_panel="Under load")
 audit_option = partial(Option, rich_help_panel="Audits and learning")
 engine_option = partial(Option, rich_help_panel="Models and engine")
+GUARANTEES = ("guarantee", "guarantee_missed")
+
+
+def _flag(text: str) -> str:
+    """The text, if it is a flag; otherwise raises ValueError."""
+    parsed(text)
+    return text
 
 
 class RuntimeSettings(BaseModel):
@@ -31,6 +39,23 @@ class RuntimeSettings(BaseModel):
             "--tau and other default exit options."
         ),
     ] = None
+    guarantee_missed: Annotated[
+        float | None,
+        Field(gt=0, lt=1),
+        Option(
+            help="Maximum share of the texts flagged at full depth (--flag) that early exits answer as safe, proven by "
+            "audits; instead of --guarantee, or with it."
+        ),
+    ] = None
+    flags: Annotated[
+        list[Annotated[str, AfterValidator(_flag)]],
+        Option(
+            "--flag",
+            help="What a model is to find, as NAME=LABEL,LABEL@PROBABILITY (default: 0.5, or the labels' thresholds); "
+            "NAME=>=NUMBER for a regression model; NAME=* for the spans of a token classifier. Without NAME=: for all "
+            "models. Texts exit early only with an answer that is not flagged. Repeat for more models.",
+        ),
+    ] = []
     tau: Annotated[
         float | None,
         Field(ge=0, le=1),
@@ -129,10 +154,11 @@ class RuntimeSettings(BaseModel):
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         _ = self.options
-        if self.guarantee is not None:
+        given = next((name for name in GUARANTEES if getattr(self, name) is not None), None)
+        if given is not None:
             other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)
             if other is not None:
-                raise ValueError(f"guarantee: cannot be combined with {other}; give one of them")
+                raise ValueError(f"{given}: cannot be combined with {other}; give one of them")
         for of in self.upstreams:
             if not of.upstream.is_encrypted and not self.allow_plain_http:
                 raise ValueError(
@@ -140,6 +166,11 @@ class RuntimeSettings(BaseModel):
                     "serve it with --allow-plain-http"
                 )
         return self
+
+    @property
+    def has_guarantee(self) -> bool:
+        """True if audits choose τ."""
+        return any(getattr(self, name) is not None for name in GUARANTEES)
 
     @property
     def options(self) -> ExitOptions:

@@ -23,7 +23,8 @@ SECRETS = ("api_keys", "admin_keys")  # settings without a flag, as other users 
 
 # The order of the options in the help, the most used ones first.
 ORDER = (
-    *("models", "store", "host", "port", "guarantee", "learn", "tau", "max_disagreement", "api_keys_file"),
+    *("models", "store", "host", "port", "guarantee", "guarantee_missed", "flags"),
+    *("learn", "tau", "max_disagreement", "api_keys_file"),
     *("state_dir", "default_model", "aliases", "runtime", "threads", "processes", "target_speedup"),
     *("latency_budget_ms", "ood_policy", "slo_p99_ms", "min_accuracy", "audit_share", "without_upstream"),
     *("allow_plain_http", "learn_bytes", "admin_keys_file", "rate_limit", "trusted_proxies", "cors_origins"),
@@ -189,9 +190,9 @@ class Settings(RuntimeSettings):
             if getattr(self, one) > getattr(self, most):
                 flags = [f"--{name.replace('_', '-')} ({getattr(self, name)})" for name in (one, most)]
                 raise ValueError(f"{flags[0]} must not exceed {flags[1]}: set both")
-        if self.guarantee is not None and self.audit_share == 0:
+        if self.has_guarantee and self.audit_share == 0:
             raise ValueError("guarantee: needs audits, and audit_share is 0")
-        if self.learn and self.guarantee is None:
+        if self.learn and not self.has_guarantee:
             raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
         return self
 
@@ -209,7 +210,7 @@ class Settings(RuntimeSettings):
     def share_of_audits(self) -> float:
         """Share of texts that are audited; 0: none."""
         if self.audit_share is None:
-            return GUARANTEE_SHARE if self.guarantee is not None else 0.0
+            return GUARANTEE_SHARE if self.has_guarantee else 0.0
         return self.audit_share
 
     @property

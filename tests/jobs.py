@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from de3.exits.criteria import Limits
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
 from de3.runtime.engine.job import Job
@@ -68,6 +69,6 @@ def job(
 
 def fit_job(**fields: Any) -> FitJob:
     """A job for the process of a fit, with these fields."""
-    folders = {"base": ".", "records": ".", "store": ".", "version": 2, "attempt": 1, "rate": 0.05}
+    folders = {"base": ".", "records": ".", "store": ".", "version": 2, "attempt": 1, "limits": Limits(0.05)}
     more = {"first_new": 0, "by_client": False, "speedup": 1.0, "memory": 2**31}
     return FitJob.model_validate(folders | more | fields)

@@ -19,8 +19,7 @@ import httpx
 import numpy as np
 import pytest
 
-from de3.exits.criteria import Failures, criteria_of
-from de3.exits.guarantee import Guarantee
+from de3.exits.criteria import Failures, Limits, criteria_of
 from de3.exits.kinds import Spans
 from de3.exits.reading import Reading, read
 from de3.exits.rule import ExitRule
@@ -429,12 +428,15 @@ def test_tenants_with_pending_audits_have_equal_shares_of_the_time(monkeypatch: 
     threads.close()
 
 
-def made(store: Path, version: int = 1, **changes: Any) -> Any:
-    """A stand-in for a served model: its manifest, and the attributes that an auditor reads."""
+def made(store: Path, version: int = 1, guarantee: float | None = None, **changes: Any) -> Any:
+    """A stand-in for a served model: its manifest, and the attributes that an auditor reads.
+
+    guarantee: None: none, and a τ instead.
+    """
     manifest = Store(store).open("tiny").manifest.model_copy(update={"version": version, **changes})
     model = SimpleNamespace(manifest=manifest, full_name=f"tiny:{version}", runtime="onnxruntime", path=store)
     model.fitted, model.empty_states = None, lambda: STATES
-    rules = Rules(manifest, Settings(tau=TAU))
+    rules = Rules(manifest, Settings(tau=TAU) if guarantee is None else Settings(guarantee=guarantee))
     monitor = SimpleNamespace(tau_factor=1.0, is_far=lambda _: False)
     return SimpleNamespace(model=model, rules=rules, monitor=monitor)
 
@@ -488,9 +490,7 @@ def count_all(ledger: Ledger, keys: Iterable[int | None], kind: Any = ALIKE, **o
 
 def guaranteed(store: Path, rate: float, **settings: Any) -> Ledger:
     """The ledger of a model with a guarantee."""
-    served = made(store)
-    served.rules = Rules(served.model.manifest, Settings(guarantee=rate))
-    return served_ledger(coordinator_of(guarantee=rate, **settings), served)
+    return served_ledger(coordinator_of(guarantee=rate, **settings), made(store, guarantee=rate))
 
 
 def test_evidence_of_unloaded_models_is_saved_and_limited_in_memory_and_counts_for_the_same_model_only(
@@ -597,7 +597,7 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
         late.add(key, *UNLIKE, True)
         unlike.add(key, *UNLIKE, True)
     ledger.count([unlike, late])
-    assert "differ from full depth more often than the guaranteed 10%" in caplog.text
+    assert "more often than guaranteed" in caplog.text
     one, two = (report(ledger, Live(1.0, 0, {}), ledger.rules.default, name) for name in ("one", "two"))
     assert one["tau"] == {"tau": 0.0, "reason": "change"}
     (reset,) = one["resets"]
@@ -636,8 +636,9 @@ def test_tau_is_the_lower_one_that_the_two_guarantees_of_a_token_classifier_allo
     differs: bool, missed: list[bool] | None, indices: tuple[int, int, int]
 ) -> None:
     taus = np.array([0.0, 0.1, 0.2])
-    rates, kind = [Guarantee(0.1, taus), Guarantee(0.1, taus)], Spans(SpanRule(("O", "X")))
-    criteria = [Bounded(each, taus, rate) for each, rate in zip(criteria_of(kind), rates, strict=True)]
+    bounds = criteria_of(Spans(SpanRule(("O", "X"))), Limits(0.1))
+    criteria = [Bounded(each, taus, 0.05) for each in bounds]
+    rates = [each.guarantee for each in criteria if each.guarantee is not None]
     tenant, one = Tenant(taus, criteria, 0), Settled("", 0, 1.0, may_rise=True)
     for key in range(400):
         one.add(key, [0.15, None], [[differs, False], missed], False)
@@ -651,7 +652,7 @@ def test_an_admins_reset_is_that_of_all_versions_of_the_model(store: Path, tmp_p
     """Otherwise a rollback would return to a τ that was proved by texts from before the reset."""
     coordinator = coordinator_of(guarantee=0.1, state_dir=tmp_path)
     for version in (1, 2, 3):
-        ledger = served_ledger(coordinator, made(store, version))
+        ledger = served_ledger(coordinator, made(store, version, 0.1))
         count_all(ledger, range(400))
         assert ledger.tenants[""].index > 0
     coordinator.forget(made(store, 1).model.manifest)
@@ -660,7 +661,7 @@ def test_an_admins_reset_is_that_of_all_versions_of_the_model(store: Path, tmp_p
     coordinator.ledgers.reset("tiny")
     assert not (tmp_path / "tiny-9@a.json").exists() and (tmp_path / "tiny-x-9.json").exists()
     for version in (1, 2, 3):
-        assert served_ledger(coordinator, made(store, version)).tenants[""].index == 0
+        assert served_ledger(coordinator, made(store, version, 0.1)).tenants[""].index == 0
     coordinator.ledgers.stop()
 
 

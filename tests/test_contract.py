@@ -178,9 +178,8 @@ def test_a_text_with_too_many_tokens_is_truncated_read_in_windows_or_refused(
 
 @every_protocol
 def test_an_option_sets_the_rule(ask: Ask, case: Case) -> None:
-    answers = [
-        ask(case, "classes", with_options(case, case.body([TEXTS[1]]), tau=tau)).json() for tau in (0, 1)
-    ]
+    options: list[dict[str, Any]] = [{"tau": 0}, {"max_layer": 0}]
+    answers = [ask(case, "classes", with_options(case, case.body([TEXTS[1]]), **on)).json() for on in options]
     first, full = (one if case.answers is None else case.answers(one) for one in answers)
     assert first != full
 

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3.exits.flags import Flag
 from de3.exits.kinds import CLASSES, Labels
 from de3.exits.reading import ClassReading
-from de3.exits.windows import Flag, Span, combination
+from de3.exits.windows import Span, combination
 from de3.model_store.store import Store
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
+from de3.runtime.flags import Wanted
 from de3.server.http.detectors import MAX_CHARS, ContentsRequest, safe_labels
 from tests.serving import Server, serving
 
@@ -126,8 +128,11 @@ def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str | None) -
         with pytest.raises(RequestError, match="the names of m:1's labels do not show which mean safe"):
             request.for_model(manifest)
         return
-    request = request.for_model(manifest)
-    assert request.safe == {safe} and request.flag == ([x for x in manifest.labels if x != safe], None)
+    planned = request.for_model(manifest)
+    others = [x for x in manifest.labels if x != safe]
+    assert (planned.safe, planned.flag) == ({safe}, Wanted(others))
+    planned = request.for_model(manifest, Wanted([safe], 0.8))  # the settings say otherwise
+    assert (planned.safe, planned.threshold, planned.flag) == ({*others}, 0.8, Wanted([safe], 0.8))
     manifest.thresholds = [0.5] * len(manifest.labels)
     assert safe_labels(manifest) == set()
 
@@ -242,7 +247,7 @@ SHARES = st.sampled_from([0.01, 0.25, 0.5, 0.75, 0.99])
 
 @given(st.lists(SHARES, min_size=1, max_size=16), SHARES, st.booleans())
 def test_a_flag_is_settled_by_the_first_window(found: list[float], at: float, has_labels: bool) -> None:
-    flag, readings = Flag([1], at), []
+    flag, readings = Flag((1,), (at,)), []
     kind: Any = Labels.of([0.5, 0.5]) if has_labels else CLASSES
     combined = combination(kind, [Span(i, i + 1, 1) for i in range(len(found))], flag)
     for p in found:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -50,29 +51,29 @@ def recorded(rows: list[list[frozenset[Any]]], original: list[frozenset[Any]] | 
 
 def test_the_kinds_of_disagreement_are_any_span_and_a_missed_span() -> None:
     r = recorded([[NONE, X, X], [X, NONE, NONE], [Y, X, X], [X, X, Y], [NONE, NONE, NONE]])
-    (differs, all_), (missed, found) = r.failures
+    (differs, all_), (missed, found) = r.failures()
     assert all_.tolist() == [0, 1, 2, 3, 4] and found.tolist() == [0, 2, 3]
     assert differs.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
     # A further span is no missed one.
     assert missed.tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 0]]
     assert (r.differs == differs).all() and not r.differs[:, -1].any()
     # Against the original, full depth may miss a span, too.
-    (differs, _), (missed, found) = recorded([[X, X, X], [NONE, X, Y]], [Y, NONE]).failures
+    (differs, _), (missed, found) = recorded([[X, X, X], [NONE, X, Y]], [Y, NONE]).failures()
     assert differs.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert found.tolist() == [0] and missed.tolist() == [[1, 1, 1]]
     # Without a span at full depth, nothing can be missed.
     r = recorded([[X, NONE, NONE], [NONE, NONE, NONE]])
-    assert r.failures[1][0].shape == (0, 3)
+    assert r.failures()[1][0].shape == (0, 3)
     (row,) = calibration.trade_off(Samples.independent(r), RISK, [0.5], np.full((2, 3), 0.1))
     assert row.disagreement == 0.5
 
 
 def test_a_guarantee_bounds_the_same_failures_text_by_text() -> None:
     differs, missed = criteria_of(Spans(SpanRule(("O",))))
-    answers = [NONE, Y, Y - X, X]
+    answers: list[Any] = [SimpleNamespace(answer=one) for one in (NONE, Y, Y - X, X)]
     assert differs.failures(answers) == [True, True, True, False]
     assert missed.failures(answers) == [True, False, True, False]  # a further span is no missed one
-    assert missed.failures([X, NONE]) is None  # nothing can be missed
+    assert missed.failures([*answers, SimpleNamespace(answer=NONE)]) is None  # nothing can be missed
 
 
 RISK = Risk((None, None, None))

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from de3.data.examples import Example
+from de3.exits.criteria import Limits
 from de3.exits.guarantee import error_of
 from de3.exits.kinds import CLASSES
 from de3.exits.recorded import Recorded
@@ -288,7 +289,7 @@ def test_records_of_several_servers_are_joined(some: Records) -> None:
 
 @pytest.fixture(scope="module")
 def fitted(some: Records, base: Artifact) -> learning.Fitted:
-    return learning.fit_exits(some, base.manifest, 1, 0.05)
+    return learning.fit_exits(some, base.manifest, 1, Limits(0.05))
 
 
 def divided(records: Records, first_new: int = 0, by_client: bool = False) -> tuple[Records, Records]:
@@ -340,7 +341,7 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
     pieces[300:] = pieces[:100]
     pieces[300:, 9] = NO_PIECE  # nine of ten
     copied = replace(some, pieces=pieces, texts=[3600.0, 400.0] if by_client else some.texts)
-    found = learning.fit_exits(copied, base.manifest, 1, 0.2, by_client=by_client)
+    found = learning.fit_exits(copied, base.manifest, 1, Limits(0.2), by_client=by_client)
     assert [row.key for row in found.evidence] == [*range(240, 300), *[None] * 100]
     assert {row.cut for row in found.evidence} == {239}
     store = Store(tmp_path)
@@ -353,7 +354,7 @@ def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
     """Texts that are all near to each other are no new texts."""
     for few in (some.part(np.arange(8)), replace(some, pieces=np.full_like(some.pieces, NO_PIECE))):
         with pytest.raises(ValueError, match="too few"):
-            learning.fit_exits(few, base.manifest, 1, 0.2)
+            learning.fit_exits(few, base.manifest, 1, Limits(0.2))
 
 
 def ledger_of(manifest: Manifest, **settings: Any) -> Ledger:
@@ -442,7 +443,7 @@ def test_held_out_texts_prove_a_tau_once_their_e_value_is_1_over_the_error_proba
         logits[::2, :2] = [1, 0]
         recorded = Recorded([0, 1, 2, 3], logits, np.full_like(logits, np.nan), np.zeros(texts, np.int64))
         scores = np.tile([0.9, 0.9, 0.0, np.nan], (texts, 1))
-        return learning._speedups(recorded, scores, 0.1, error_of(4))
+        return learning._speedups(recorded, scores, Limits(0.1), error_of(4))
 
     wealth = [np.mean([(1 + 0.1 * c) ** n for c in (0.25, 0.5, 0.75)]) for n in range(200)]
     enough = next(n for n, value in enumerate(wealth) if value >= 1 / error_of(4))
@@ -580,7 +581,7 @@ def test_every_kind_of_model_learns(options: dict[str, Any], precision: Any, tmp
     convert(Stock.open("stock", tmp_path / "stock"), store, "base", precision)
     base = store.open("base")
     old = Model(base, "onnxruntime")
-    fitted = learning.fit_exits(records_of(old, texts_of(60, 6)), base.manifest, 1, 0.1)
+    fitted = learning.fit_exits(records_of(old, texts_of(60, 6)), base.manifest, 1, Limits(0.1))
     pairs = Artifact(base.path, base.manifest.model_copy(update={"input": "pair"}))
     new = Model(store.open_path(learning.publish(pairs, fitted, store, 1, 60)), "onnxruntime")
     assert bool(new.manifest.prototype_layers) == ("problem_type" not in options)
@@ -1082,7 +1083,12 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     path = one.folder.records_path("base", base_of(base.manifest))
     assert len(read(path, 2**30)) == MIN_RECORDS and one.job.records == path
     assert one.job.base == base.path and one.job.memory > fitting.MEMORY_BYTES + 4 * base.size()
-    assert (one.job.version, one.job.attempt, one.job.rate, one.job.first_new) == (FIRST, 1, 0.2, 0)
+    assert (one.job.version, one.job.attempt, one.job.limits.differing, one.job.first_new) == (
+        FIRST,
+        1,
+        0.2,
+        0,
+    )
     assert one.folder.journal("base", base_of(base.manifest)).latest == FIRST
 
 

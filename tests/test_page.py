@@ -222,7 +222,7 @@ def test_the_slider_starts_at_the_tau_in_force(page: Page, server: Server, keyed
         in_force(at, "0, set by the server", "0.000")
         at.unroute("**/classify")
         at.fill("#text", "good")
-        in_force(at, "0, chosen by the guarantee that at most 40% of labels differ", "0.000")
+        in_force(at, "0, chosen by the guarantee that at most 40% of labels differ from full depth", "0.000")
         expect(at.locator("#measured")).to_contain_text("(0 so far)")  # the page's texts are not audited
 
 
@@ -602,7 +602,10 @@ def test_the_sentence_about_audits(tab: Page, learning: Server) -> None:
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"guarantee": None}, ["on 3 live texts", measured, "; on held-out texts 0.3%."]),
         ({"guarantee": None, "calibrated": None, "audits": 1}, ["on 1 live text ", f"{measured}."]),
-        ({"measured": nothing}, ["No live text has been measured", "Guaranteed: at most 0.5%."]),
+        (
+            {"measured": nothing},
+            ["No live text has been measured", "Guaranteed: at most 0.5% of labels differ from full depth."],
+        ),
         (
             {"tau": {"tau": 0, "reason": "change"}},
             ["0.5%", "for now every text runs to full depth", "3 so far"],

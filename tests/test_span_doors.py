@@ -222,7 +222,7 @@ def job_of(request: Any, logits: list[list[float]], chars: list[list[int]], ran:
     special = np.zeros(len(logits), bool)
     layout = Layout(np.array(chars, np.int32), special, special)
     kind = Spans(SpanRule(("O", "B-X")))
-    reading, rule = kind.read(0, np.array(logits, np.float32), layout), SimpleNamespace(kind=kind)
+    reading, rule = kind.read(0, np.array(logits, np.float32), layout), SimpleNamespace(kind=kind, flag=None)
     outcome = SimpleNamespace(
         reading=reading, rule=rule, windows=[None] * ran, num_windows=windows, reason="deadline"
     )

@@ -249,7 +249,7 @@ def test_explain_reports_the_spans_of_each_exit(server: Server, model: Model) ->
         ({"aggregation": "mean"}, "aggregation", "should be 'none', 'simple', 'first', 'average' or 'max'"),
         ({"signal": "edr"}, "signal", "edr needs one answer for a text, and tags"),
         ({"top_k": 1}, "top_k", "is a token classifier: a text has no probabilities"),
-        ({"flag": "X"}, "flag", "'X' is not a label of tags"),
+        ({"flag": "X"}, "flag", "tags is a token classifier"),
     ],
 )
 def test_invalid_options_are_refused_with_the_field_and_what_is_allowed(

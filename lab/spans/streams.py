@@ -56,7 +56,8 @@ def outcomes(model: Model, texts: Sequence[str], share: float, limits: Sequence[
     scores = manifest.signal("risk").scores(recorded)
     taus = np.unique(FINE_TAUS)
     kinds = [
-        profiles(scores[rows], differs, recorded.exit_layers, taus)[0] for differs, rows in recorded.failures
+        profiles(scores[rows], differs, recorded.exit_layers, taus)[0]
+        for differs, rows in recorded.failures()
     ]
     worst = np.maximum.reduce([differing.mean(0) for differing in kinds if len(differing)])
     certified = TradeOffs(manifest.trade_offs()["risk", None])

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from de3.exits.calibration import FINE_TAUS
+from de3.exits.criteria import Limits
 from de3.exits.guarantee import Guarantee, error_of, profiles
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
@@ -219,7 +220,7 @@ def fit(source: Source, texts: Sequence[str], attack: Attack, rate: float, seed:
     sent = stream(attack, own, others, rng)
     records = source.records([text for _, text in sent], [client for client, _ in sent])
     manifest, by_client = source.manifest, attack.sender != "keyless"
-    fitted = fit_exits(records, manifest, FIT, rate, by_client=by_client)
+    fitted = fit_exits(records, manifest, FIT, Limits(rate), by_client=by_client)
     rows = [row for row in fitted.evidence if row.client == "victim" or not by_client]
     taus = np.unique(FINE_TAUS)
     guarantee = Guarantee(rate, taus, error_of(FIT))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits.calibration import FINE_TAUS
+from de3.exits.criteria import Limits
 from de3.exits.guarantee import Guarantee, Profiles, error_of, profiles
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
@@ -70,7 +71,7 @@ def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[
     unseen = texts_of(records.part(order[SIZES[-1] :]), manifest)
     versions, taus = [], np.unique(FINE_TAUS)
     for attempt, size in enumerate(SIZES, 1):
-        fitted = fit_exits(records.part(np.sort(order[:size])), manifest, attempt, rate)
+        fitted = fit_exits(records.part(np.sort(order[:size])), manifest, attempt, Limits(rate))
         recorded = fitted.exits.recorded(unseen)
         scores = fitted.calibrated.risk.scores(recorded)
         differs, layers = profiles(scores, recorded.differs, recorded.exit_layers, taus)
@@ -118,7 +119,7 @@ def sizes(
     for count in counts:
         if count > len(records) - unseen:
             continue
-        fitted = fit_exits(records.part(np.sort(order[:count])), manifest, 1, RATES[1])
+        fitted = fit_exits(records.part(np.sort(order[:count])), manifest, 1, Limits(RATES[1]))
         recorded = fitted.exits.recorded(tested)
         scores = fitted.calibrated.risk.scores(recorded)
         differs, layers = profiles(scores, recorded.differs, recorded.exit_layers, taus)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from time import perf_counter
 
-from de3.exits.kinds import Labels, Spans
-from de3.exits.reading import Answer, label_of, sigmoid
-from de3.exits.windows import MAX_WINDOWS, Flag, most_windows
+from de3.exits.kinds import Spans
+from de3.exits.reading import Answer, label_of
+from de3.exits.windows import MAX_WINDOWS, most_windows
 from de3.model_store.encoder import Encoder
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.manifest import Manifest
@@ -26,7 +26,6 @@ from de3.runtime.rules import Choice
 
 # Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
-DEFAULT_THRESHOLD = 0.5  # threshold of a flag whose label has none
 
 
 @dataclass(slots=True, eq=False)
@@ -125,11 +124,11 @@ class Item:
         """Begin the first window of a text that has several."""
         self.progress.windows = windows
         for one in self.team:
-            # Texts in windows are not audited.
-            one.is_deep |= (
-                isinstance(one.job.choice.rule.kind, Spans) and one.job.choice.guarantee is not None
-            )
-            one.windows = WindowProgress(windows, one.job.choice.rule, one.job.flag)
+            # Texts in windows are not audited, and it takes only one of them to miss a span or a flagged passage.
+            rule = one.job.choice.rule
+            is_partial = isinstance(rule.kind, Spans) or rule.flag is not None
+            one.is_deep |= is_partial and one.job.choice.guarantee is not None
+            one.windows = WindowProgress(windows, rule)
         self.start(windows[0])
 
     def next_window(self) -> bool:
@@ -205,7 +204,6 @@ class Job:
         is_late: the requested deadline cannot be met, and the request accepts a later one (best_effort).
         pending: number of its items in the queue; set by the queue.
         admitted_s: predicted seconds of these items if the deadline was admitted, else 0; set by the queue.
-        flag: label to watch for in the windows; None: no label.
         sender: who sent the request.
     """
 
@@ -230,7 +228,6 @@ class Job:
     is_late: bool = False
     pending: int = 0
     admitted_s: float = 0.0
-    flag: Flag | None = None
     sender: Sender = NOBODY
     _left: int = field(init=False)
     _lock: Lock = field(default_factory=Lock)
@@ -369,11 +366,8 @@ def job_of(
         choice = served.rules.choose(entry.options, level, sender.tenant)
     except RequestError as error:
         raise error.inside(entry.where) from None
-    choice = with_spans(choice, request, manifest)
-    flag = _flag_of(request, manifest, choice)
-    return Job(
-        served, choice, request, on_done, own_options=entry.options, fellows=fellows, flag=flag, sender=sender
-    )
+    choice = with_spans(served.rules.with_flag(choice, request.flag), request, manifest)
+    return Job(served, choice, request, on_done, own_options=entry.options, fellows=fellows, sender=sender)
 
 
 def jobs_of(
@@ -389,7 +383,7 @@ def jobs_of(
     encoder.
     """
     entries = request.entries
-    request = planned(request, [one.model.manifest for one in served])
+    request = planned(request, served)
     if len(served) > 1:
         _check_upstreams([one.model.manifest for one in served], entries)
         check_encoders([one.model for one in served], [entry.where for entry in entries])
@@ -443,15 +437,16 @@ def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
         raise RequestError(f"{field}: {what}", field)
 
 
-def planned(request: Request, manifests: Sequence[Manifest]) -> Request:
+def planned(request: Request, served: Sequence[Served]) -> Request:
     """The request as models are to answer it on one pass; raises RequestError if one of them cannot.
 
     Long texts run in windows for token classifiers. With other models, which may answer differently in windows, texts
     are truncated unless the request says otherwise.
     """
+    manifests = [one.model.manifest for one in served]
     _check_spans(request, manifests)
-    for manifest in manifests:
-        request = request.for_model(manifest)
+    for one in served:
+        request = request.for_model(one.model.manifest, one.rules.flag)
     windows, truncate = request.windows, request.truncate
     if request.is_private:
         windows, truncate = MAX_WINDOWS, False
@@ -480,21 +475,6 @@ def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
 
 def _depth(served: Served) -> int:
     return served.model.manifest.num_layers
-
-
-def _flag_of(request: Request, manifest: Manifest, choice: Choice) -> Flag | None:
-    """The flag of a request; None if there is none. Raises RequestError for a label that the model does not have."""
-    if request.flag is None:
-        return None
-    names, threshold = request.flag
-    known = manifest.labels if manifest.has_classes else []
-    if unknown := [name for name in names if name not in known]:
-        why = ", ".join(known[:20]) or "its texts have no classes"
-        raise RequestError(f"flag: {unknown[0][:100]!r} is not a label of {manifest.name}: {why}", "flag")
-    labels, kind = [known.index(name) for name in names], choice.rule.kind
-    if threshold is None:
-        threshold = sigmoid(kind.logits[labels[0]]) if isinstance(kind, Labels) else DEFAULT_THRESHOLD
-    return Flag(labels, threshold)
 
 
 def check_texts(request: Request, served: Served) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from de3.exits.rule import ExitRule
-from de3.exits.windows import EXPECTED_CHANGE, Flag, combination
+from de3.exits.windows import EXPECTED_CHANGE, combination
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Tokenization, Windows
@@ -17,10 +17,10 @@ class WindowProgress:
         tokens, model_s: tokens of these windows, also of one without an exit, and seconds in the layers.
     """
 
-    def __init__(self, windows: Windows, rule: ExitRule, flag: Flag | None) -> None:
+    def __init__(self, windows: Windows, rule: ExitRule) -> None:
         self.ran: list[Window] = []
         self.tokens, self.model_s = 0, 0.0
-        self.combination = combination(rule.kind, windows.spans, flag)
+        self.combination = combination(rule.kind, windows.spans, rule.flag)
 
     def add(self, decision: Decision, forward: ForwardPass) -> None:
         """Record a window that ran, unless the deadline passed before its first exit."""

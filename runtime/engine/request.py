@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple, Self
 from de3.exits.spans import OUTSIDE, Aggregation, SpanRule
 from de3.model_store.manifest import Manifest
 from de3.runtime.errors import RequestError
+from de3.runtime.flags import Wanted
 from de3.runtime.options import NO_OPTIONS, ExitOptions
 
 MAX_NAMED = 40  # labels in a message
@@ -123,8 +124,7 @@ class Request:
         explain: report the reading of every exit that a text passes.
         ood: report the OOD score of each text.
         windows: maximum number of windows into which a long text is split.
-        flag: names of labels to watch for in the windows, and the probability from which a text is flagged (None: the
-            label's own threshold, or 0.5 if it has none or there are several). None: no label is watched.
+        flag: what the texts are flagged for; None: as the model's settings say.
         spans: options for the spans of token classifiers; None: none are set.
         is_one_window: a long text is truncated, also for a token classifier, which otherwise reads it in windows.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
@@ -143,7 +143,7 @@ class Request:
     explain: bool = False
     ood: bool = False
     windows: int = 1
-    flag: tuple[Sequence[str], float | None] | None = None
+    flag: Wanted | None = None
     spans: SpanOptions | None = None
     is_one_window: bool = False
     keeps_errors: bool = False
@@ -165,8 +165,11 @@ class Request:
         """True if the model can answer this kind of request; chooses the model if a request does not name one."""
         return manifest.is_spans if self.spans is not None else self.takes_spans or not manifest.is_spans
 
-    def for_model(self, manifest: Manifest) -> Self:
-        """The request as a model is to answer it; raises RequestError if it cannot. Subclasses override it."""
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
+        """The request as a model is to answer it; raises RequestError if it cannot. Subclasses override it.
+
+        flag: the flag of the model's settings.
+        """
         return self
 
     def name_of(self, index: int) -> str:

@@ -83,8 +83,8 @@ def _outcome_of(item: Item) -> Outcome:
         ran, num_windows = item.windows.ran, len(progress.windows)
         tokens, model_s = item.windows.tokens, item.windows.model_s
         passed, combination = [r for window in ran for r in window.passed], item.windows.combination
-        if item.job.flag is not None:
-            decisive = Decisive(combination.decisive, *progress.windows.chars(combination.decisive))
+        if (number := combination.decisive) is not None:
+            decisive = Decisive(number, *progress.windows.chars(number))
     reading = passed[-1]  # at a deadline: the deepest answer so far
     if combination is not None:
         reading = combination.reading(last=reading)

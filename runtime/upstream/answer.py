@@ -64,13 +64,14 @@ async def ask_upstreams(
 def needs_upstream(job: Job, outcome: Outcome) -> bool:
     """True if a text goes to the upstream; otherwise, sets the reason of its outcome.
 
-    It does unless an exit of the model was sure, the last one included, or the request limits the depth.
+    It does unless an exit of the model was sure, the last one included, or the request limits the depth. With a flag,
+    the last one is not enough: the text may have come to it because of a flagged answer.
     """
     if outcome.reason == "deadline" or job.choice.rule.max_layer is not None:
         return False
     last, rule = job.model.manifest.num_layers, outcome.rule
     ends = [window.passed[-1] for window in outcome.windows] or [outcome.passed[-1]]
-    if any(end.layer == last and not rule.exits(end.score) for end in ends):
+    if any(end.layer == last and not (rule.flag is None and rule.exits(end.score)) for end in ends):
         return True  # with several windows, the last one may have exited earlier
     outcome.reason = "threshold"
     return False

@@ -204,7 +204,7 @@ class Auditor:
         self._epoch = 0  # epoch of tenants that have sent no texts
         self._num_changes = 0
         self._share = settings.share_of_audits
-        self._has_guarantee = settings.guarantee is not None
+        self._has_guarantee = settings.has_guarantee
         self._tenants: dict[str, _Tenant] = {}
         self._fresh: list[Audit] = []
         self.audits, self.disagreements, self.seconds = 0, 0, 0.0
@@ -425,7 +425,9 @@ class Auditor:
             scores, differing = list[float | None]([None] * exits), [False] * exits
             if exits > 1:
                 scores[-2], differing[-2] = 0.0, True
-            self._count(entry.settled, entry.key, scores, [differing for _ in self._criteria], True)
+            blocked = None if self.served.rules.limits.flag is None else [False] * exits
+            failures: list[Failures] = [differing] * len(self._criteria)
+            self._count(entry.settled, entry.key, scores, failures, True, blocked)
         elif not audit.passed:
             entry.settled.skipped += 1
             entry.is_audit, entry.waits = False, True
@@ -438,7 +440,7 @@ class Auditor:
 
     @property
     def _criteria(self) -> list[Criterion]:
-        return criteria_of(self.served.model.manifest.kind)
+        return criteria_of(self.served.model.manifest.kind, self.served.rules.limits)
 
     def _conclude(
         self,
@@ -448,10 +450,11 @@ class Auditor:
         passed: list[Reading],
     ) -> None:
         """Record the audit of a text that passed every exit and was answered with `answer`."""
-        answers = [reading.answer for reading in passed]
-        served_differs = differs(self.served.model.manifest.kind, answer.answer, answers[-1])
-        failures = [one.failures(answers) for one in self._criteria]
-        self._count(settled, key, self._scores(passed), failures, served_differs)
+        served_differs = differs(self.served.model.manifest.kind, answer.answer, passed[-1].answer)
+        failures = [one.failures(passed) for one in self._criteria]
+        flag = self.served.rules.limits.flag
+        blocked = None if flag is None else [flag.blocks(one) for one in passed]
+        self._count(settled, key, self._scores(passed), failures, served_differs, blocked)
 
     def _record(
         self,
@@ -507,8 +510,9 @@ class Auditor:
         scores: list[float | None],
         failures: list[Failures],
         served_differs: bool,
+        blocked: list[bool] | None,
     ) -> None:
-        settled.add(key, scores, failures, served_differs)
+        settled.add(key, scores, failures, served_differs, blocked)
         self.audits += 1
         self.disagreements += served_differs
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.criteria import criteria_of
-from de3.exits.guarantee import Guarantee, Reason, error_of, profiles
+from de3.exits.criteria import Disagreement, Limits, MissedFlag, MissedSpan, criteria_of
+from de3.exits.guarantee import Reason, error_of, profiles
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
 from de3.runtime.fit import HeldOut
@@ -61,7 +61,6 @@ class Ledger:
         """publish: called with the standing of the tenants whose τ or epoch has changed."""
         self.manifest, self._publish, self._has_keys = manifest, publish, settings.has_keys
         self.taus = _grid(rules)
-        self.rate = settings.guarantee
         attempt = 1 if manifest.learned is None else manifest.learned.attempt
         # Without --learn no other exits will be tested, so these may use all of δ.
         self.error = error_of(attempt) if settings.learn else 1 - CONFIDENCE
@@ -84,6 +83,7 @@ class Ledger:
         """True if the evidence also holds for a model with these properties."""
         other = manifest, rules.default.rule.signal, runtime, tau_factor
         same = (self.manifest, self.signal, self.runtime, self.tau_factor) == other
+        same &= self.limits == rules.limits
         return same and self.taus.tolist() == _grid(rules).tolist()
 
     @property
@@ -103,12 +103,8 @@ class Ledger:
 
     def new_tenant(self) -> Tenant:
         """A tenant without evidence."""
-
-        def guarantee() -> Guarantee | None:
-            return None if self.rate is None else Guarantee(self.rate, self.taus, self.error)
-
-        criteria = [Bounded(one, self.taus, guarantee()) for one in criteria_of(self.manifest.kind)]
-        return Tenant(self.taus, criteria, self.epoch)
+        criteria = criteria_of(self.manifest.kind, self.limits)
+        return Tenant(self.taus, [Bounded(one, self.taus, self.error) for one in criteria], self.epoch)
 
     def restore(self, name: str, tenant: Tenant) -> None:
         """Continue with the saved audits of a tenant."""
@@ -137,7 +133,12 @@ class Ledger:
     def guaranteed_rate(self) -> float | None:
         """The guaranteed rate of disagreement: the guarantee, or the default max_disagreement; None without either."""
         default = self.rules.default
-        return default.requested if default.set_by in ("guarantee", "max_disagreement") else None
+        return default.requested if default.set_by == "max_disagreement" else self.limits.differing
+
+    @property
+    def limits(self) -> Limits:
+        """What audits are to keep within, for each tenant."""
+        return self.rules.limits
 
     def count(self, settled: Sequence[Settled]) -> None:
         """Count texts that one process has settled; those that were drawn in an earlier epoch are ignored."""
@@ -169,10 +170,9 @@ class Ledger:
         """Begin a new epoch for a tenant whose rate had risen."""
         of = f" of {name}" if name else ""
         log.warning(
-            "%s: at the τ that audits had proved, answers now differ from full depth more often than the guaranteed "
-            "%g%%: texts%s run to full depth until new audits allow early exits",
+            "%s: at the τ that audits had proved, answers now differ from full depth, or miss what it flags, more "
+            "often than guaranteed: texts%s run to full depth until new audits allow early exits",
             self.manifest.full_name,
-            100 * (self.rate or 0),
             of,
         )
         tenant.epoch = next(_EPOCHS)
@@ -200,9 +200,11 @@ class Ledger:
             if held := by_tenant[name]:
                 tenant = self.tenant(name)
                 keys, scores, failures = zip(*((r.key, r.scores, r.failures) for r in held), strict=True)
+                blocked = [] if self.limits.flag is None else [r.blocked for r in held]
                 if tenant.guarantees:
-                    tenant.count_held_out(keys, scores, failures, costs, self._room)
-                layers = profiles(scores, [one[0] or [] for one in failures], costs, self.taus).layers
+                    tenant.count_held_out(keys, scores, failures, blocked, costs, self._room)
+                differing = [one[0] or [] for one in failures]
+                layers = profiles(scores, differing, costs, self.taus, blocked or None).layers
                 cost = float(layers[:, tenant.index].mean())
             mean += texts / total * cost
         self._start_cost = mean if traffic else None
@@ -236,7 +238,7 @@ class Ledger:
 
     def index(self, tenant: Tenant, tau: float) -> int:
         """Index of a tenant's τ in the grid. tau: the τ in force without a guarantee."""
-        return int(np.searchsorted(self.taus, tau)) if self.rate is None else tenant.index
+        return tenant.index if self.limits.are_set else int(np.searchsorted(self.taus, tau))
 
     def speedup(self) -> float:
         """Speed-up over the traffic, in layers or calls of the upstream, with each tenant at its τ; 1 if unknown.
@@ -262,20 +264,32 @@ class Ledger:
         for one tenant, because the texts of others are drawn with other probabilities. This may be
         the rate of another criterion than disagreement. Any thread may call this.
         """
-        tau, rate = in_force.rule.tau, self.guaranteed_rate or 0.5
-        last = None if self.rate is not None else 1  # without a guarantee, only the rate of all texts
-        found = [
-            (tenant, each.evidence)
-            for tenant in list(self.tenants.values())
-            for each in tenant.criteria[:last]
-        ]
-        found = [(tenant, evidence) for tenant, evidence in found if evidence.audits]
+        every = [(tenant, each) for tenant in list(self.tenants.values()) for each in tenant.criteria]
+        wanted = (Disagreement, MissedSpan) if self.limits.are_set else Disagreement
+        return self._worst(in_force, [one for one in every if isinstance(one[1].criterion, wanted)])
+
+    def missed(self, in_force: Choice) -> tuple[float, float, float] | None:
+        """The same for the rate of flagged texts that early exits miss; None without a flag."""
+        every = [(tenant, each) for tenant in list(self.tenants.values()) for each in tenant.criteria]
+        return self._worst(in_force, [one for one in every if isinstance(one[1].criterion, MissedFlag)])
+
+    def _worst(
+        self, in_force: Choice, found: Sequence[tuple[Tenant, Bounded]]
+    ) -> tuple[float, float, float] | None:
+        """The rate of one of these criteria, and its bounds; None without audits."""
+        found = [(tenant, each) for tenant, each in found if each.evidence.audits]
         if not found:
             return None
-        worst, evidence = max(found, key=lambda one: one[1].e_value_above(rate, self.index(one[0], tau)))
+        tau, otherwise = in_force.rule.tau, self.guaranteed_rate or 0.5
+
+        def evidence_against(one: tuple[Tenant, Bounded]) -> float:
+            tenant, each = one
+            return each.evidence.e_value_above(each.criterion.limit or otherwise, self.index(tenant, tau))
+
+        worst, each = max(found, key=evidence_against)
         index = self.index(worst, tau)
-        lower, upper = evidence.bounds(slice(index, index + 1))
-        return float(evidence.rates()[index]), float(lower[0]), float(upper[0])
+        lower, upper = each.evidence.bounds(slice(index, index + 1))
+        return float(each.evidence.rates()[index]), float(lower[0]), float(upper[0])
 
 
 def _grid(rules: Rules) -> NDArray[np.float64]:

@@ -71,13 +71,7 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
         "pending": live.pending,
         "excluded": live.excluded,
         "tau": tau,
-        "guarantee": None
-        if ledger.guaranteed_rate is None
-        else {
-            "max_disagreement": ledger.guaranteed_rate,
-            "confidence": CONFIDENCE,
-            "reason": tau["reason"],
-        },
+        "guarantee": _guarantee(ledger, tau["reason"]),
         "measured": row(here) | {"confidence": CONFIDENCE, "as_served": evidence.served()},
         "calibrated": None
         if expected is None
@@ -100,6 +94,12 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
             for each, one in sorted(visible.items())
         ],
     }
+
+
+def _guarantee(ledger: Ledger, reason: str) -> dict[str, Any] | None:
+    rates = {"max_disagreement": ledger.guaranteed_rate, "max_missed": ledger.limits.missed}
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    return known | {"confidence": CONFIDENCE, "reason": reason} if known else None
 
 
 def _tau(tenant: Tenant, in_force: Choice, manifest: Manifest) -> dict[str, Any]:

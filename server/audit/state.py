@@ -98,9 +98,9 @@ class ResetRow(_Part):
 
 
 class TenantState(_Part):
-    """Saved audits of a tenant; valid only for the same model files, runtime, OOD policy, signal and grid of τ.
+    """Saved audits of a tenant; valid only for the same model files, runtime, OOD policy, signal, flag and grid of τ.
 
-    tau_factor: factor applied to the τ of out-of-distribution texts.
+    tau_factor: factor applied to the τ of out-of-distribution texts. flag: see Flag.key; empty: none.
     """
 
     schema_version: Literal[3] = 3
@@ -111,6 +111,7 @@ class TenantState(_Part):
     tau_factor: float
     signal: str
     lam: float | None
+    flag: str = ""
     taus: list[Rate] = Field(max_length=MAX_TAUS)
     since: Annotated[float, Field(ge=0, le=MAX_TIME)]
     counts: list[Counts] = Field(max_length=MAX_SHARES)
@@ -156,6 +157,7 @@ def state_of(ledger: Ledger, name: str) -> TenantState:
         tau_factor=ledger.tau_factor,
         signal=ledger.signal.name,
         lam=ledger.signal.lam,
+        flag=_flag_of(ledger),
         taus=ledger.taus.tolist(),
         since=tenant.since,
         counts=first.counts,
@@ -163,6 +165,10 @@ def state_of(ledger: Ledger, name: str) -> TenantState:
         criteria=dict(zip((one.criterion.name for one in tenant.criteria[1:]), others, strict=True)),
         resets=[ResetRow(**asdict(reset)) for reset in tenant.resets],
     )
+
+
+def _flag_of(ledger: Ledger) -> str:
+    return "" if (flag := ledger.limits.flag) is None else flag.key
 
 
 def _saved(guarantee: Guarantee | None) -> GuaranteeState | None:
@@ -197,6 +203,8 @@ def restore(ledger: Ledger, state: TenantState) -> None:
         raise ValueError("it belongs to another model")
     if (state.signal, state.lam) != (signal.name, signal.lam):
         raise ValueError("it belongs to another signal")
+    if state.flag != _flag_of(ledger):
+        raise ValueError("it belongs to another flag")
     if (state.runtime, state.tau_factor) != (ledger.runtime, ledger.tau_factor):
         raise ValueError("it belongs to another runtime, or another --ood-policy")
     shares = [len(counts) for one in state.by_criterion() for counts in one.all_counts()]

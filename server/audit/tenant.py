@@ -30,6 +30,8 @@ class Settled:
         keys: with a guarantee, hash of each audited text; None if it is near to a text that the exits were fitted to.
         scores: score of each audited text at each exit; None at an exit without one.
         failures: for each audited text, the exits at which it fails each of the model's criteria (exits.criteria).
+        blocked: for each audited text, the exits at which it does not exit, as its answer is flagged; empty without a
+            flag.
         served: number of audited texts whose answer, as sent, differs from the last exit's.
         may_rise: they end with the last text of a request, so τ may rise.
     """
@@ -41,6 +43,7 @@ class Settled:
     keys: list[int | None] = field(default_factory=list)
     scores: list[list[float | None]] = field(default_factory=list)
     failures: list[list[Failures]] = field(default_factory=list)
+    blocked: list[list[bool]] = field(default_factory=list)
     served: int = 0
     may_rise: bool = False
 
@@ -55,11 +58,13 @@ class Settled:
         scores: list[float | None],
         failures: list[Failures],
         served_differs: bool,
+        blocked: list[bool] | None = None,
     ) -> None:
-        """Add a text that was audited; see the attributes."""
+        """Add a text that was audited; see the attributes. blocked: None without a flag."""
         self.keys.append(key)
         self.scores.append(scores)
         self.failures.append(failures)
+        self.blocked += [] if blocked is None else [blocked]
         self.served += served_differs
 
     def continues(self, other: "Settled") -> bool:
@@ -72,6 +77,7 @@ class Settled:
         self.keys += later.keys
         self.scores += later.scores
         self.failures += later.failures
+        self.blocked += later.blocked
         self.served += later.served
         self.may_rise = later.may_rise
 
@@ -126,8 +132,10 @@ class Bounded:
         guarantee: the test of which τ keep its rate within the guarantee; None without one.
     """
 
-    def __init__(self, criterion: Criterion, taus: NDArray[np.float64], guarantee: Guarantee | None) -> None:
-        self.criterion, self.guarantee, self.evidence = criterion, guarantee, Evidence(taus)
+    def __init__(self, criterion: Criterion, taus: NDArray[np.float64], error: float) -> None:
+        """taus: the grid, (G,), ascending from 0. error: error probability of the test."""
+        self.criterion, self.evidence, limit = criterion, Evidence(taus), criterion.limit
+        self.guarantee = None if limit is None else Guarantee(limit, taus, error)
 
     def share(self, share: float) -> float:
         """The probability with which a text that it is about was drawn, if any text was with `share`."""
@@ -183,7 +191,7 @@ class Tenant:
         layers: layers of the exits. room: number of hashes that this tenant may remember.
         """
         before, tau = self.evidence.audits, float(self.taus[self.index])
-        found = self._profiles(one.scores, one.failures, layers)
+        found = self._profiles(one.scores, one.failures, one.blocked, layers)
         self.is_changed = True
         self.evidence.skip(one.share, one.skipped)
         for each, (rows, profile) in zip(self.criteria, found, strict=True):
@@ -209,14 +217,16 @@ class Tenant:
         keys: Sequence[int | None],
         scores: Sequence[Sequence[float | None]],
         failures: Sequence[Sequence[Failures]],
+        blocked: Sequence[Sequence[bool]],
         layers: Sequence[int],
         room: int,
     ) -> None:
         """Count texts that were recorded before the model was served, toward the guarantee only.
 
-        They are not audits of the model's answers, so reports leave them out. keys, scores, failures: see Settled.
+        They are not audits of the model's answers, so reports leave them out. keys, scores, failures, blocked: see
+        Settled.
         """
-        self._test(keys, self._profiles(scores, failures, layers), room, 1.0)
+        self._test(keys, self._profiles(scores, failures, blocked, layers), room, 1.0)
         self._advance()
         self.is_changed = True
 
@@ -224,13 +234,15 @@ class Tenant:
         self,
         scores: Sequence[Sequence[float | None]],
         failures: Sequence[Sequence[Failures]],
+        blocked: Sequence[Sequence[bool]],
         layers: Sequence[int],
     ) -> list[tuple[NDArray[np.int64], Profiles]]:
         """For each criterion, the indices of the texts that it is about, and their results at each τ."""
         found = []
         for k in range(len(self.criteria)):
             rows, fails = counted([one[k] for one in failures], len(layers))
-            found.append((rows, profiles([scores[i] for i in rows], fails, layers, self.taus)))
+            deep = [blocked[i] for i in rows] if blocked else None
+            found.append((rows, profiles([scores[i] for i in rows], fails, layers, self.taus, deep)))
         return found
 
     def _test(

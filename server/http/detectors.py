@@ -22,6 +22,7 @@ from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_count, check_fields, load_json, one_or_more, plain_text
+from de3.runtime.flags import Wanted
 from de3.runtime.options import OptionFields
 from de3.server.http.errors import STATUSES
 from de3.server.http.protocol import Call, Protocol
@@ -80,11 +81,11 @@ class Detection(Request):
             return self.safe is None
         return manifest.has_classes and self.labels is None
 
-    def for_model(self, manifest: Manifest) -> Self:
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """With windows, and the safe labels and the flag, or the options for spans.
 
-        Raises RequestError for a regression model, for a parameter or label that the model does not have, and if it is
-        not known which labels are safe.
+        The flag of the settings, if there is one, is the default. Raises RequestError for a regression model, for a
+        parameter or label that the model does not have, and if it is not known which labels are safe.
         """
         name, labels = manifest.full_name, manifest.labels
         if manifest.is_spans:
@@ -93,7 +94,13 @@ class Detection(Request):
             raise self.refusal("labels", f"{name} is not a token classifier: it finds no spans")
         if manifest.tolerance is not None:
             raise RequestError(f"model: {name} is a regression model: it detects no labels", "model")
-        safe = safe_labels(manifest) if self.safe is None else self.safe
+        safe, threshold = self.safe, self.threshold
+        if safe is None and flag is not None:
+            safe, threshold = (
+                frozenset(labels) - {*flag.labels},
+                flag.threshold if threshold is None else threshold,
+            )
+        safe = safe_labels(manifest) if safe is None else safe
         if safe is None:
             shown = ", ".join(labels[:20])
             raise RequestError(
@@ -103,9 +110,8 @@ class Detection(Request):
         if unknown := sorted(safe.difference(labels)):
             raise self.refusal("safe_labels", f"{unknown[0][:100]!r} is not a label of {name}")
         unsafe = [label for label in labels if label not in safe]
-        watches = len(unsafe) == 1 or (safe and unsafe and manifest.thresholds is None)
-        flag = (unsafe, self.threshold) if watches else None
-        return replace(self, windows=MAX_WINDOWS, truncate=False, safe=safe, flag=flag)
+        wanted = Wanted(unsafe, threshold) if unsafe else None
+        return replace(self, windows=MAX_WINDOWS, truncate=False, safe=safe, threshold=threshold, flag=wanted)
 
     def _spans_of(self, name: str) -> SpanOptions:
         if self.safe is not None:
@@ -154,9 +160,9 @@ class ContentsRequest(Detection):
     input_name: ClassVar[str] = "contents"
     params: ClassVar[str] = "detector_params: "
 
-    def for_model(self, manifest: Manifest) -> Self:
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """As Detection.for_model; also raises RequestError if the response could be too long."""
-        request = Detection.for_model(self, manifest)  # super() does not work in a dataclass with slots
+        request = Detection.for_model(self, manifest, flag)  # super() does not work in a dataclass with slots
         if manifest.is_spans:  # a span repeats its own characters only
             return request
         most, params = len(manifest.labels), "detector_params"

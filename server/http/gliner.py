@@ -21,6 +21,7 @@ from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import check_fields, load_json
+from de3.runtime.flags import Wanted
 from de3.runtime.options import OptionFields
 from de3.server.http.protocol import Call, Protocol
 from de3.server.http.windows import check_all_ran
@@ -51,7 +52,7 @@ class ExtractRequest(Request):
         """True for a token classifier."""
         return manifest.is_spans
 
-    def for_model(self, manifest: Manifest) -> Self:
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """With windows and options for spans; raises RequestError for any other model than a token classifier.
 
         A label that the model does not have is refused when its rule is made, as the rail would miss it.

@@ -17,6 +17,7 @@ from de3.model_store.part import MAX_LABELS
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Text
 from de3.runtime.fields import JsonObject, check_count, check_fields, load_json
+from de3.runtime.flags import Wanted
 from de3.runtime.options import OptionFields
 from de3.server.http.detectors import Detection
 from de3.server.http.protocol import Call, Protocol
@@ -49,7 +50,7 @@ class GuardrailRequest(Detection):
             return self.label is None
         return self.policy != "redact" and Detection.fits(self, manifest)
 
-    def for_model(self, manifest: Manifest) -> Self:
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """With windows, and the safe labels and the flag, or the options for spans.
 
         Raises RequestError for a regression model, and for a parameter or label that the model does not have.
@@ -69,7 +70,7 @@ class GuardrailRequest(Detection):
                 raise self.refusal("label", f"{self.label[:100]!r} is not a label of {name}: {labels}")
             safe = frozenset(manifest.labels) - {self.label}
         # super() does not work in a dataclass with slots.
-        return Detection.for_model(replace(self, safe=safe, templates=templates), manifest)
+        return Detection.for_model(replace(self, safe=safe, templates=templates), manifest, flag)
 
 
 def _texts(value: Any) -> list[str]:

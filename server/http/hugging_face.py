@@ -23,6 +23,7 @@ from de3.runtime.engine.job import Item, Job
 from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
+from de3.runtime.flags import Wanted
 from de3.runtime.options import OptionFields
 from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
@@ -59,7 +60,7 @@ class TaskRequest(Request):
         # super() does not work in a dataclass with slots.
         return Request.fits(self, manifest) and not (manifest.is_spans and self.only_classes)
 
-    def for_model(self, manifest: Manifest) -> Self:
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """The request for a model; raises RequestError for a parameter that a token classifier does not have.
 
         Unless `truncation` is given, a token classifier refuses a text that is longer than its windows, as the response

@@ -84,7 +84,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
         state of all.
         """
         served = service.current(name)
-        reader = access.reader(request.scope) if service.settings.guarantee is not None else None
+        reader = access.reader(request.scope) if service.settings.has_guarantee else None
         runs = reporting.setdefault(service.audits.of(served), {})
         running = runs.setdefault(reader, SharedRun("report"))
         return {"object": "audit"} | await running.result(lambda: service.audits.report(served, reader))

@@ -22,6 +22,7 @@ from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_fields, checked_text, load_json
+from de3.runtime.flags import Wanted
 from de3.runtime.options import OptionFields
 from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
@@ -47,7 +48,7 @@ class InferRequest(Request):
     id: str | None = None
     outputs: Sequence[str] = ()
 
-    def for_model(self, manifest: Manifest) -> Self:
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """The same request; raises RequestError for an output that the model does not have."""
         for name in self.outputs:
             if name not in outputs_of(manifest):

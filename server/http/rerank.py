@@ -18,6 +18,7 @@ from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import check_count, check_fields, checked_text, load_json
+from de3.runtime.flags import Wanted
 from de3.runtime.options import OptionFields
 from de3.server.http import tei
 from de3.server.http.errors import openai_body
@@ -34,7 +35,7 @@ class PairsRequest(Request):
         """True for a model that scores a pair with a single number."""
         return manifest.tolerance is not None and manifest.input in ("pair", None)
 
-    def for_model(self, manifest: Manifest) -> Self:
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """The same request; raises RequestError for a model that does not score a pair with a single number."""
         if not self.fits(manifest):
             has = f"has {len(manifest.labels)} outputs"

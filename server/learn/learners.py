@@ -15,6 +15,7 @@ from de3.model_store.store import Artifact, Store, StoreError
 from de3.runtime.background import keep_running, report, run_once
 from de3.runtime.errors import RequestError
 from de3.runtime.fit import HeldOut, Job
+from de3.runtime.rules import Rules
 from de3.server.learn.fitting import FitError, memory_limit, run_fit
 from de3.server.learn.journal import LearnFolder, Result
 from de3.server.learn.learner import MIN_RECORDS, Changes, InService, Learner, Waiting, result_of, sentence
@@ -292,7 +293,6 @@ class Learners:
         return result_of(waiting.attempt, waiting.found, "served", manifest.version)
 
     def _job(self, learner: Learner, rival: InService, attempt: int, version: int) -> Job:
-        assert self._settings.guarantee is not None  # required by the setting `learn`
         records = self._folder.records_path(learner.name, learner.base)
         served = self._served.get(f"{learner.name}:{rival.version}", learner.artifact)
         return Job(
@@ -301,7 +301,7 @@ class Learners:
             store=self._folder.store.path.absolute(),
             version=version,
             attempt=attempt,
-            rate=self._settings.guarantee,
+            limits=Rules(served.manifest, self._settings).limits,
             first_new=learner.journal.first_new,
             by_client=self._settings.has_keys,
             speedup=rival.speedup,

@@ -84,7 +84,8 @@ const REASONS = {
 // Sources of the τ in force, by set_by; others are options of the server.
 const SOURCES = {
   overload: () => "raised under load",
-  guarantee: ({ requested }) => `chosen by the guarantee that at most ${atMost(requested)} of ${things()} differ`,
+  guarantee: ({ requested, guarantee }) =>
+    `chosen by the guarantee that at most ${guaranteed(guarantee ?? { max_disagreement: requested })}`,
 };
 
 // --- helpers
@@ -307,6 +308,13 @@ const hasClasses = () => state.model?.tolerance == null;
 const isTokens = () => Boolean(state.model?.span_labels); // a token classifier, whose answers are spans
 const things = () => (isTokens() ? "answers" : hasClasses() ? "labels" : "values");
 
+/** What a guarantee bounds, after "at most". */
+const guaranteed = ({ max_disagreement, max_missed }) =>
+  [
+    ...(max_disagreement ? [`${atMost(max_disagreement)} of ${things()} differ from full depth`] : []),
+    ...(max_missed ? [`${atMost(max_missed)} of the texts that full depth flags are missed`] : []),
+  ].join(", and at most ");
+
 /** The phrase for an answer that the calibration counts as correct. */
 function rightMeans(source) {
   if (hasClasses()) return source ? `as ${source} answers` : "right";
@@ -342,6 +350,10 @@ function drawAnswer(row, fullDepth, animate) {
   if (fullDepth) {
     const agrees = isSame(row, fullDepth) ? "agrees" : "disagrees";
     lines.push(note(`Full depth ${agrees}: ${named(fullDepth)}${ms(fullDepth, (time) => ` after ${time} ms`)}.`));
+  }
+  if (row.flag) {
+    const how = exit.reason === "threshold" ? "safe early" : `${row.flag.flagged ? "flagged" : "not flagged"}, decided deep`;
+    lines.push(note(`This model is a guard: the text is ${how}.`));
   }
   if (row.truncated) lines.push(note("The text was too long for the model and was truncated."));
   if (row.out_of_distribution) lines.push(note("This text is far from those that the model was calibrated on."));
@@ -485,7 +497,7 @@ function drawMeasured({ audits, measured, calibrated, guarantee, tau }, learned)
   } else if (guarantee && tau.tau === 0) {
     const why = tau.reason === "change" ? "More did, so for now" : "For now";
     parts.push(
-      `The server guarantees that at most ${atMost(guarantee.max_disagreement)} of ${things()} differ from full depth.`,
+      `The server guarantees that at most ${guaranteed(guarantee)}.`,
       `${why} every text runs to full depth, until enough live texts show that earlier exits keep the guarantee ` +
         `(${audits} so far).`,
     );
@@ -501,7 +513,7 @@ function drawMeasured({ audits, measured, calibrated, guarantee, tau }, learned)
         `${heldOut}.`,
     );
   }
-  if (guarantee && tau.tau > 0) parts.push(`Guaranteed: at most ${atMost(guarantee.max_disagreement)}.`);
+  if (guarantee && tau.tau > 0) parts.push(`Guaranteed: at most ${guaranteed(guarantee)}.`);
   if (learned)
     parts.push(`Exits are learned from live texts (${plural(learned.records, "record")}): ${learned.message}.`);
   $("measured").textContent = parts.join(" ");

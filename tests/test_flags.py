@@ -1,0 +1,184 @@
+"""Flags: one-sided exits, and the guarantee about flagged texts that are missed."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from de3.exits.criteria import Limits, criteria_of
+from de3.exits.flags import Flag
+from de3.exits.guarantee import profiles
+from de3.exits.kinds import CLASSES, Labels, Spans, TextKind, Value
+from de3.exits.reading import SpansReading
+from de3.exits.recorded import Recorded, RecordedSpans
+from de3.exits.spans import SpanRule, Unsure
+from de3.model_store.store import Store
+from de3.runtime.errors import RequestError
+from de3.runtime.flags import Wanted, parsed
+from de3.runtime.rules import Rules
+from de3.server.settings import Settings
+from tests.fixtures import make_rows
+from tests.serving import Server, serving, until
+
+TEXTS = [text for text, _ in make_rows(256, 61)]
+NEGATIVE = {"models": ["tiny-int8"], "flags": ["tiny-int8=negative"]}
+
+
+@given(
+    st.data(),
+    st.sampled_from([CLASSES, Labels.of([0.3, 0.5, 0.9]), Value(0.5)]),
+    st.sets(st.integers(0, 2), min_size=1),
+    st.booleans(),
+)
+def test_a_flag_of_arrays_and_its_failures_are_those_of_readings(
+    data: st.DataObject, kind: TextKind, labels: set[int], is_below: bool
+) -> None:
+    count = 1 if isinstance(kind, Value) else 3
+    values = st.floats(-4, 4, width=32)
+    rows = data.draw(st.lists(st.lists(values, min_size=count, max_size=count), min_size=4, max_size=4))
+    thresholds = data.draw(st.lists(st.sampled_from([0.3, 0.5, 0.8]), min_size=3, max_size=3))
+    flag = Flag((0,), (thresholds[0],), is_below)
+    if not isinstance(kind, Value):
+        flag = Flag(tuple(sorted(labels)), tuple(thresholds[: len(labels)]))
+    logits = np.array(rows, np.float32)[None]
+    passed = [kind.read(j, row, None) for j, row in enumerate(logits[0].tolist())]
+    recorded = Recorded([0, 1, 2, 3], logits, np.full_like(logits, np.nan), np.zeros(1), kind=kind)
+    assert recorded.flagged(flag)[0].tolist() == [flag.is_raised(one) for one in passed]
+    of_texts = criteria_of(kind, Limits(0.1, 0.2, flag))
+    of_arrays = recorded.failures(flag)
+    assert [one.limit for one in of_texts] == [0.1, 0.2] and len(of_arrays) == 2
+    for criterion, (fails, found) in zip(of_texts, of_arrays, strict=True):
+        expected = criterion.failures(passed)
+        assert (fails.tolist(), found.tolist()) == (([], []) if expected is None else ([expected], [0]))
+
+
+def test_a_token_that_may_be_in_a_span_keeps_a_text_from_exiting() -> None:
+    """A text is flagged only for a span: here, the exits find words too improbable for one, a span, and nothing."""
+    rule = SpanRule(("O", "X"))
+    spans = [frozenset(), frozenset({(0, 1, "X")}), frozenset()]
+    readings: list[Any] = []
+    for layer, found in enumerate((True, True, False)):
+        reading = SpansReading(layer, Unsure(0.1, 0.1, 1, found), None)
+        readings.append(reading)
+        assert Flag().blocks(reading) == found and not Flag().is_raised(reading)
+    recorded = RecordedSpans.of(Spans(rule), [0, 1, 2], [readings], [1])
+    recorded.spans[0] = spans
+    assert recorded.blocked(Flag())[0].tolist() == [True, True, False]
+    assert recorded.flagged(Flag())[0].tolist() == [False, True, False]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=3, max_size=3), st.floats(0, 1))
+def test_a_text_that_would_exit_with_a_flagged_answer_runs_to_the_last_layer(
+    exits: list[tuple[float, bool]], tau: float
+) -> None:
+    scores, blocked = (
+        [[*(score for score, _ in exits), None]],
+        [[*(is_flagged for _, is_flagged in exits), True]],
+    )
+    at = next((j for j, (score, _) in enumerate(exits) if score < tau), 3)
+    expected = 3 if blocked[0][at] else at
+    found = profiles(scores, [[j != 3 for j in range(4)]], [0, 1, 2, 3], np.array([0.0, tau]), blocked)
+    assert found.layers.tolist() == [[3, expected]]
+    assert found.differs.tolist() == [[False, expected != 3]]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("guard=A,B@0.8", ("guard", Wanted(["A", "B"], 0.8))),
+        ("A", ("", Wanted(["A"]))),
+        ("a@b=X", ("a@b", Wanted(["X"]))),
+        ("stars=>=4.5", ("stars", Wanted((), 4.5))),
+        ("<=-1", ("", Wanted((), -1, True))),
+        ("pii=*", ("pii", Wanted(["*"]))),
+    ],
+)
+def test_a_setting_names_a_flag(setting: str, expected: tuple[str, Wanted]) -> None:
+    assert parsed(setting) == expected
+
+
+@pytest.mark.parametrize("setting", ["", "guard=", "guard=A@1.5", "guard=A@x", "stars=>=much", "guard=A@0"])
+def test_a_setting_that_is_no_flag_is_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match=r"flag: .*NAME=LABEL"):
+        Settings(flags=[setting])
+
+
+STARS = {"name": "stars", "labels": ["stars"], "tolerance": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "says"),
+    [
+        ({}, {"flags": ["dull"]}, "flag: 'dull' is not a label of tiny: negative, positive"),
+        ({}, {"flags": [">=2"]}, "flag: tiny has labels"),
+        (STARS, {"flags": ["good"]}, "flag: stars is a regression model"),
+        ({}, {"flags": ["other=negative"], "guarantee_missed": 0.1}, "guarantee_missed: tiny has no flag"),
+    ],
+)
+def test_a_flag_that_a_model_cannot_have_is_refused(
+    store: Path, changes: dict[str, Any], options: dict[str, Any], says: str
+) -> None:
+    manifest = Store(store).open("tiny").manifest.model_copy(update=changes)
+    with pytest.raises(RequestError) as found:
+        Rules(manifest, Settings(**options))
+    assert found.value.message.startswith(says)
+
+
+def rows_of(server: Server, **body: Any) -> list[dict[str, Any]]:
+    answer = server.classify(**body)
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["data"])
+
+
+@pytest.mark.parametrize("runtime", ["native", "onnxruntime"])
+def test_only_safe_answers_exit_early_so_no_false_alarm_is_added(store: Path, runtime: Any) -> None:
+    with serving(store, **NEGATIVE, runtime=runtime) as server:
+        for own in ({}, {"flag": "positive", "flag_threshold": 0.7}):
+            full, early, safe = (
+                rows_of(server, input=TEXTS, tau=tau, **flag)
+                for tau, flag in ((0, own), (0.6, own), (0.6, own))
+            )
+            assert early == safe
+            at_exit = [row["exit"]["reason"] == "threshold" for row in early]
+            assert any(at_exit) and not all(at_exit)
+            for one, other, is_early in zip(full, early, at_exit, strict=True):
+                assert not (is_early and other["flag"]["flagged"])
+                assert is_early or (one["label"], one["probs"]) == (other["label"], other["probs"])
+                assert one["flag"]["flagged"] or not other["flag"]["flagged"]
+
+
+def report_of(server: Server) -> dict[str, Any]:
+    return dict(httpx.get(f"{server.url}/v1/models/tiny-int8/audit").json())
+
+
+def test_missed_texts_are_bounded_and_evidence_is_that_of_one_flag(store: Path, tmp_path: Path) -> None:
+    on: dict[str, Any] = NEGATIVE | {"guarantee_missed": 0.2, "state_dir": tmp_path}
+    with serving(store, **on) as server:
+        first = server.classify(input=TEXTS[:128], explain=True).json()
+        assert first["tau_choice"]["guarantee"] == {"max_missed": 0.2, "confidence": 0.95, "reason": "start"}
+        assert {row["exit"]["reason"] for row in first["data"]} == {"last_layer"}
+        flagged = sum(row["flag"]["flagged"] for row in first["data"])
+        until(lambda: report_of(server)["audits"] == 128, "the audits")
+        assert report_of(server)["audits_flagged"] == flagged > 20
+        for seed in range(3):
+            server.classify(input=[text for text, _ in make_rows(256, 62 + seed)])
+        until(lambda: report_of(server)["tau"]["tau"] > 0, "a τ above 0")
+        rows = rows_of(server, input=TEXTS)
+        assert any(row["exit"]["reason"] == "threshold" and not row["flag"]["flagged"] for row in rows)
+        assert not any(row["exit"]["reason"] == "threshold" and row["flag"]["flagged"] for row in rows)
+        other = rows_of(server, input=TEXTS[:50], flag="positive")
+        assert {row["exit"]["reason"] for row in other} == {"last_layer"}
+        until(lambda: not report_of(server)["pending"], "the audits")
+        report = report_of(server)
+        assert report["guarantee"] == {"max_missed": 0.2, "confidence": 0.95, "reason": "evidence"}
+        assert report["measured"]["missed_flagged"] <= report["measured"]["missed_flagged_upper"]
+        metrics = [server.metric(f"de3_audit_missed{of}", model="tiny-int8:1") for of in ("", "_guarantee")]
+        assert metrics == [report["measured"]["missed_flagged"], 0.2]
+    with serving(store, **on) as server:
+        assert report_of(server)["tau"] == report["tau"]
+    with serving(store, **on | {"flags": ["negative@0.6"]}) as server:
+        assert report_of(server)["tau"] == {"tau": 0.0, "reason": "start"}
