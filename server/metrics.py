@@ -135,6 +135,16 @@ class LedgerMetrics(Collector):
             "de3_audit_guarantee",
             "Guaranteed rate of disagreement: --guarantee, or --max-disagreement",
         )
+        missed = gauge(
+            "de3_audit_missed",
+            "Share of the texts that full depth flags that leave early as safe at the τ in force, as "
+            "de3_audit_disagreement",
+        )
+        missed_lower = gauge("de3_audit_missed_lower", "Anytime-valid 95% lower bound on de3_audit_missed")
+        missed_upper = gauge("de3_audit_missed_upper", "Anytime-valid 95% upper bound on de3_audit_missed")
+        missed_guarantee = gauge(
+            "de3_audit_missed_guarantee", "Guaranteed de3_audit_missed: --guarantee-missed"
+        )
         tau = GaugeMetricFamily(
             "de3_audit_tau",
             "τ in force, by reason: start, evidence, recent, change, reset, no_exits; or the option that set it. With "
@@ -152,20 +162,27 @@ class LedgerMetrics(Collector):
         )
         for ledger in self._ledgers.all:
             choice = ledger.rules.in_force(self._level())
-            name, measured = ledger.manifest.full_name, ledger.measured(choice)
-            row = tau_row(choice, ledger.manifest)
-            if measured is not None:
-                for metric, value in zip((rate, lower, upper), measured, strict=True):
+            name, row = ledger.manifest.full_name, tau_row(choice, ledger.manifest)
+            for metrics, measured in (
+                ((rate, lower, upper), ledger.measured(choice)),
+                ((missed, missed_lower, missed_upper), ledger.missed(choice)),
+            ):
+                for metric, value in zip(metrics, measured or (), strict=bool(measured)):
                     metric.add_metric([name], value)
-            if ledger.guaranteed_rate is not None:
-                guarantee.add_metric([name], ledger.guaranteed_rate)
+            for metric, limit in (
+                (guarantee, ledger.guaranteed_rate),
+                (missed_guarantee, ledger.limits.missed),
+            ):
+                if limit is not None:
+                    metric.add_metric([name], limit)
             tau.add_metric([name, row["reason"]], row["tau"])
             if taus := ledger.tenant_taus():
                 for metric, value in ((tenants, len(taus)), (lowest, min(taus)), (highest, max(taus))):
                     metric.add_metric([name], value)
             for reason, count in ledger.num_resets.items():
                 resets.add_metric([name, reason], count)
-        yield from (rate, lower, upper, guarantee, tau, tenants, lowest, highest, resets)
+        yield from (rate, lower, upper, guarantee, missed, missed_lower, missed_upper, missed_guarantee)
+        yield from (tau, tenants, lowest, highest, resets)
 
 
 def register_results(

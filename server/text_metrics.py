@@ -57,7 +57,7 @@ class _Texts:
     def __init__(self, layers: Sequence[float], has_upstream: bool, span_labels: Sequence[str]) -> None:
         reasons = [one for one in get_args(ExitReason) if has_upstream or not one.startswith("upstream")]
         self.exits = {reason: _Histogram(layers) for reason in reasons}
-        self.run = self.saved = self.tokens = self.truncated = self.far = 0
+        self.run = self.saved = self.tokens = self.truncated = self.far = self.flagged = 0
         self.full_depth_s = 0.0
         self.spans = dict.fromkeys([*span_labels[:MAX_SPAN_LABELS], OTHER] if span_labels else [], 0)
         self.entropy, self.ratio = _Histogram(SIGNAL_BUCKETS), _Histogram(SIGNAL_BUCKETS)
@@ -73,6 +73,7 @@ class _Texts:
         self.tokens += outcome.tokens
         self.truncated += outcome.truncated
         self.far += outcome.is_far
+        self.flagged += outcome.rule.flag is not None and outcome.rule.flag.is_raised(outcome.reading)
         reading = outcome.reading
         if reading.entropy is not None:
             self.entropy.add(reading.entropy)
@@ -164,6 +165,9 @@ class TextMetrics(Collector):
             "Out-of-distribution texts, far from every prototype at an exit (--ood-policy)",
             labels=["model"],
         )
+        flagged = CounterMetricFamily(
+            "de3_flagged_texts", "Texts with a flagged answer (--flag, or a request's flag)", labels=["model"]
+        )
         spans = CounterMetricFamily(
             "de3_spans",
             f"Spans in the answers of token classifiers, by label; {OTHER}: labels after the model's first "
@@ -184,6 +188,20 @@ class TextMetrics(Collector):
                 for stage in STAGES:
                     stages.add_metric([name, stage], *getattr(texts, stage).rows())
                 ood.add_metric([name], texts.far)
+                flagged.add_metric([name], texts.flagged)
                 for label, count in texts.spans.items():
                     spans.add_metric([name, label], count)
-        yield from (exits, run, saved, full_depth, tokens, truncated, entropy, ratio, stages, ood, spans)
+        yield from (
+            exits,
+            run,
+            saved,
+            full_depth,
+            tokens,
+            truncated,
+            entropy,
+            ratio,
+            stages,
+            ood,
+            flagged,
+            spans,
+        )

@@ -136,6 +136,20 @@ _GUARANTEE = (
         row="Guarantee",
     ),
     Panel(
+        "Flagged texts missed",
+        "lines",
+        "percentunit",
+        "With --flag: of the texts that full depth flags, the share that early exits answer as safe, at the τ in "
+        "force, with its 95% bounds and the guarantee; and the share of all answers that are flagged.",
+        (
+            Query(f"max by (model) (de3_audit_missed{M})", "missed {{model}}"),
+            Query(f"max by (model) (de3_audit_missed_lower{M})", "lower bound {{model}}"),
+            Query(f"max by (model) (de3_audit_missed_upper{M})", "upper bound {{model}}"),
+            Query(f"max by (model) (de3_audit_missed_guarantee{M})", "guaranteed {{model}}"),
+            Query(_share("de3_flagged_texts_total"), "flagged"),
+        ),
+    ),
+    Panel(
         "τ by reason",
         "lines",
         "none",

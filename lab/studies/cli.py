@@ -21,6 +21,7 @@ from de3.loadtest.options import (
     Texts,
 )
 from de3.loadtest.texts import read
+from de3.runtime.flags import Wanted, flag_of
 from lab.options import AuditShare, Core, Earlier, LabelColumn, Png, StartLayers, open_model, show
 
 app = typer.Typer(
@@ -226,6 +227,33 @@ def audit(
         if png:
             several = len(rate or [1, 2]) > 1
             study.plot(png.with_stem(f"{png.stem}-{100 * guaranteed:g}") if several else png, setting, points)
+    show(*study.table(rows), json_file, rows)
+
+
+@app.command()
+def flagged(
+    home: Annotated[Path, typer.Argument(help="Texts, with labels or without.")],
+    label: Annotated[str, typer.Option(help="The label that is flagged.")],
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    text_column: TextColumn = "sentence",
+    share: AuditShare = 0.05,
+    texts: Annotated[int, typer.Option(help="Number of texts of a stream.", min=1000)] = 100_000,
+    streams: Annotated[int, typer.Option(help="Number of streams of each row.", min=2)] = 200,
+    json_file: Json = None,
+) -> None:
+    """Simulate a guard under --guarantee-missed, with 1, 2 and 10% flagged texts, at 2 and 5%.
+
+    Example: python -m lab study flagged sst2/dev.tsv --label negative
+    """
+    from lab.studies import flagged as study
+    from lab.studies.samples import recorded
+
+    loaded = open_model(store, model)
+    found, manifest = recorded(loaded, [home], (text_column, "label")).recorded, loaded.manifest
+    flag = flag_of(Wanted([label]), manifest, manifest.kind)
+    settings = (0.01, 0.02, 0.1), (0.02, 0.05), share, texts, streams
+    rows = study.study(found, manifest.default_signal, flag, *settings)
     show(*study.table(rows), json_file, rows)
 
 
