@@ -43,6 +43,7 @@ class Options(TypedDict, total=False):
     target_speedup: float
     latency_budget_ms: float
     max_disagreement: float
+    max_missed: float
     best_effort: bool
     thresholds: float | Mapping[str, float]
     truncate: bool

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.exits import bound
+from de3.exits.flags import Flag
+from de3.exits.guarantee import profiles
 from de3.exits.kinds import Classes, Labels, Spans, Value
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
@@ -209,6 +211,25 @@ def trade_off(
             highest = max(highest, cache[key])
         bounds.append(max(bounds[-1], highest) if bounds else highest)
     return [replace(row, disagreement_bound=b) for row, b in zip(rows, bounds, strict=True)]
+
+
+def missed_bounds(
+    samples: Samples, flag: Flag, scores: Floats, taus: Sequence[float]
+) -> tuple[int, list[float]]:
+    """The number of independent samples that full depth flags, and by τ the bound on the share of them that is missed.
+
+    scores: (n, exits). taus: ascending from 0. The bounds never decrease; without a flagged sample, they are 1 above 0.
+    """
+    recorded = samples.recorded
+    fails, rows = recorded.failures(flag)[-1]
+    blocked, groups = recorded.blocked(flag)[rows], samples.groups[rows]
+    missed = profiles(scores[rows], fails, recorded.exit_costs, np.array(taus), blocked).differs
+    count, bounds = len(np.unique(groups)), [0.0]
+    for column in missed.T[1:]:
+        n = round(effective_size(column, groups)) if count else 0
+        found = bound.upper_bound(math.ceil(float(column.mean()) * n - 1e-9), n) if n else 1.0
+        bounds.append(max(bounds[-1], found))
+    return count, bounds
 
 
 def upper_loss(row: TradeOff) -> float:

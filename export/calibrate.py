@@ -1,5 +1,7 @@
 """Choice of an artifact's signal and τ, and certification of both, on held-out samples."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,14 +12,19 @@ from numpy.typing import NDArray
 from de3.data.examples import Example
 from de3.data.split import groups_of
 from de3.exits import calibration, risk
+from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
+from de3.exits.flags import Flag
+from de3.exits.formulas import Floats
+from de3.exits.guarantee import profiles
 from de3.exits.kinds import Classes, Labels, Value
 from de3.exits.recorded import Recorded
 from de3.exits.reference import quantiles
 from de3.exits.signals import SIGNALS, Risk, Signal, signal_label
 from de3.exits.trade_offs import TradeOffs
-from de3.model_store.manifest import Calibration, Defaults, RiskWeights
+from de3.model_store.manifest import Calibration, Defaults, Missed, RiskWeights
 from de3.progress import console, empty_table
+from de3.runtime.flags import Wanted
 
 CHOICES = ("auto", *SIGNALS)
 MIN_CERTIFY = 850  # groups
@@ -55,13 +62,15 @@ class Calibrated:
     calibration: Calibration
     risk: Risk
     defaults: Defaults
+    missed: Missed | None = None
 
     def fields(self) -> dict[str, Any]:
         """The fields by name, to update a manifest."""
         weights = [
             RiskWeights(layer=m, weights=list(w)) for m, w in enumerate(self.risk.weights) if w is not None
         ]
-        return {"calibration": self.calibration, "risk": weights, "defaults": self.defaults}
+        found = {"calibration": self.calibration, "risk": weights, "defaults": self.defaults}
+        return found | {"missed": self.missed}
 
 
 def calibrate(
@@ -71,6 +80,7 @@ def calibrate(
     wanted: str = "auto",
     self_labelled: bool = False,
     may_pool: bool = True,
+    guard: tuple[Wanted, Flag] | None = None,
 ) -> Calibrated:
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
@@ -79,7 +89,8 @@ def calibrate(
     certify: each is scored by a risk fitted on the other.
 
     max_loss: limit on the accuracy lost against full depth, as a fraction. wanted: the default signal, or auto.
-    self_labelled: true if the labels are the original model's answers, or full depth's.
+    self_labelled: true if the labels are the original model's answers, or full depth's. guard: the flag for which
+    missed texts are certified, by name and of this model; None: none.
 
     Raises ValueError for a signal that the model does not have.
     """
@@ -98,10 +109,12 @@ def calibrate(
     name = _choose(signals) if wanted == "auto" else wanted
     if name not in signals:
         raise ValueError(f"--signal {name}: not available for this model; give {' or '.join(signals)}")
-    tables = {}
+    tables, missed = {}, None
     for signal, _ in signals.values():
         samples, scores = _certifying(tune, certify, signal, pooled)
         tables[signal.name] = calibration.trade_off(samples, signal, FINE_TAUS, scores)
+        if guard is not None and signal.name == name:
+            missed = _missed(samples, scores, *guard)
     default = calibration.within_loss(tables[name], max_loss)
     samples = joined([tune.whole, certify.whole]) if pooled else certify.whole
     recorded = samples.recorded
@@ -124,7 +137,36 @@ def calibrate(
         }
     )
     defaults = Defaults.model_validate({"tau": default.tau, "signal": default.signal, "lam": default.lam})
-    return Calibrated(calibrated, fitted, defaults)
+    return Calibrated(calibrated, fitted, defaults, missed)
+
+
+def _missed(samples: Samples, scores: Floats, wanted: Wanted, flag: Flag) -> Missed:
+    """Certify the rate of missed texts at each τ, and report what it allows."""
+    taus = sorted(FINE_TAUS)
+    count, bounds = calibration.missed_bounds(samples, flag, scores, taus)
+    recorded, allowed = samples.recorded, []
+    safe = ~recorded.flagged(flag)[:, -1]
+    blocked = recorded.blocked(flag)[safe]
+    costs = profiles(
+        scores[safe], recorded.differs[safe], recorded.exit_costs, np.array(taus), blocked
+    ).layers
+    for limit in calibration.DISAGREEMENTS:
+        index = bisect_right(bounds, limit) - 1
+        if index and len(costs):
+            speed = calibration.speedup(recorded.exit_costs[-1], float(costs[:, index].mean()))
+            allowed.append(f"{100 * limit:g}%: {speed:.2f}×")
+        else:
+            needed = math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-limit))
+            allowed.append(f"{100 * limit:g}%: none (needs {needed} flagged samples or more)")
+    console.print(
+        f"flagged by full depth: {count} of the certifying samples. Speed-up in layers of the others, by the share of "
+        f"flagged texts that are missed, certified with 95% confidence: {', '.join(allowed)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    fields = dict(zip(Wanted._fields, (list(wanted.labels), *wanted[1:]), strict=True))
+    rounded = [math.ceil(one * 1e6) / 1e6 for one in bounds]
+    return Missed.model_validate(fields | {"flagged": count, "taus": taus, "bounds": rounded})
 
 
 def _rivals(tune: CalibrationPart, fitted: Risk) -> dict[str, tuple[Signal, float]]:

@@ -21,6 +21,7 @@ from de3.model_store.manifest import NAME, Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
 from de3.progress import console, empty_table, warn
+from de3.runtime.flags import guard_of
 from de3.training.checkpoint import Checkpoint
 from de3.training.evaluate import weaknesses
 
@@ -36,12 +37,14 @@ class ExportSettings:
         quantize: "int8" or "none".
         max_loss: largest accuracy loss against full depth at the default signal and τ, as a fraction.
         max_int8_loss: largest accuracy loss of any exit in int8 against fp32, as a fraction.
+        flag: a flag as in the setting --flag, for which missed texts are certified; None: none.
     """
 
     name: str
     quantize: str = "int8"
     max_loss: float = 0.01
     max_int8_loss: float = 0.01
+    flag: str | None = None
 
     def __post_init__(self) -> None:
         _ = self.precision
@@ -124,7 +127,11 @@ def certified(
     warn(weaknesses(recorded, exported.manifest.labels))
     certifying = CalibrationPart.of(recorded, certify)
     calibrated = calibrate(
-        CalibrationPart.of(tuned, tune), certifying, settings.max_loss, self_labelled=self_labelled
+        CalibrationPart.of(tuned, tune),
+        certifying,
+        settings.max_loss,
+        self_labelled=self_labelled,
+        guard=guard_of(settings.flag, exported.manifest),
     )
     final = Manifest.model_validate({**exported.manifest.model_dump(), **calibrated.fields()})
     if is_int8:

@@ -18,18 +18,25 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model, fitted_of
 from de3.model_store.store import Artifact, Store
 from de3.progress import console, warn
+from de3.runtime.flags import guard_of
 
 MIN_TEXTS = 500  # distinct texts or groups, as for de3 import: fewer would certify hardly any τ
 SEED = 0
 
 
 def recalibrate(
-    artifact: Artifact, store: Store, tune_file: Path, certify_file: Path, max_loss: float, signal: str
+    artifact: Artifact,
+    store: Store,
+    tune_file: Path,
+    certify_file: Path,
+    max_loss: float,
+    signal: str,
+    flag: str | None = None,
 ) -> Path:
     """Publish an artifact's next version: the same files with a new calibration; returns its folder.
 
-    max_loss, signal: `max_loss` and `wanted` of `calibrate`. Raises ValueError for unusable samples or a signal that
-    the model does not have, and StoreError for a damaged artifact.
+    max_loss, signal: `max_loss` and `wanted` of `calibrate`. flag: see ExportSettings. Raises ValueError for unusable
+    samples, or a signal or flag that the model does not have, and StoreError for a damaged artifact.
     """
     _check_exits(artifact)
     manifest = artifact.manifest
@@ -45,11 +52,17 @@ def recalibrate(
         for part, what in ((tune, "tuning"), (certify, "certifying"))
     ]
     _warn_of_full_depth(artifact)
-    return _publish(artifact, store, calibrate(parts[0], parts[1], max_loss, signal))
+    guard = guard_of(flag, manifest)
+    return _publish(artifact, store, calibrate(parts[0], parts[1], max_loss, signal, guard=guard))
 
 
 def recalibrate_on_records(
-    artifact: Artifact, store: Store, files: Sequence[Path], max_loss: float, signal: str
+    artifact: Artifact,
+    store: Store,
+    files: Sequence[Path],
+    max_loss: float,
+    signal: str,
+    flag: str | None = None,
 ) -> Path:
     """Like `recalibrate`, but on records of live traffic: the artifact's exits run on their states.
 
@@ -67,7 +80,7 @@ def recalibrate_on_records(
     is_early = np.arange(len(found)) < len(found) // 2
     is_near = FittedTexts(found.pieces[is_early]).are_near(found.pieces)
     is_late = ~is_early & (~is_near | whole.samples.recorded.differs.any(1))
-    return _on_own_answers(artifact, store, whole, is_early, is_late, max_loss, signal)
+    return _on_own_answers(artifact, store, whole, is_early, is_late, max_loss, signal, flag)
 
 
 def recalibrate_on_texts(
@@ -78,6 +91,7 @@ def recalibrate_on_texts(
     max_loss: float,
     signal: str,
     fragments: bool = False,
+    flag: str | None = None,
 ) -> Path:
     """Like `recalibrate`, but on unlabelled texts, read from a file: full depth's answers count as correct.
 
@@ -92,9 +106,13 @@ def recalibrate_on_texts(
     recorded = record(Model(artifact), used, "the texts")
     recorded = replace(recorded, labels=recorded.answers[:, -1])
     whole = CalibrationPart.of(recorded, used)
-    rng, count = np.random.default_rng(SEED), whole.samples.num_groups
-    in_tune = (rng.permutation(count) < count // 2)[whole.samples.groups]
-    return _on_own_answers(artifact, store, whole, in_tune, ~in_tune, max_loss, signal)
+    rng, groups = np.random.default_rng(SEED), whole.samples.groups
+    in_tune = rng.permutation(whole.samples.num_groups) < whole.samples.num_groups // 2
+    if (guard := guard_of(flag, artifact.manifest)) is not None:  # flagged texts are few, and mostly certify
+        is_flagged = np.unique(groups[recorded.flagged(guard[1])[:, -1]])
+        in_tune[is_flagged] = rng.permutation(len(is_flagged)) < len(is_flagged) // 4
+    in_tune = in_tune[groups]
+    return _on_own_answers(artifact, store, whole, in_tune, ~in_tune, max_loss, signal, flag)
 
 
 def _on_own_answers(
@@ -105,6 +123,7 @@ def _on_own_answers(
     in_certify: NDArray[np.bool_],
     max_loss: float,
     signal: str,
+    flag: str | None,
 ) -> Path:
     """Publish a version that is tuned on some of the texts and certified on others; both are masks, (n,)."""
     rows = in_tune | in_certify
@@ -113,7 +132,9 @@ def _on_own_answers(
         CalibrationPart(whole.samples.rows(rows), whole.is_whole[rows]) for rows in (in_tune, in_certify)
     )
     _warn_of_full_depth(artifact)
-    return _publish(artifact, store, calibrate(tune, certify, max_loss, signal, self_labelled=True))
+    guard = guard_of(flag, artifact.manifest)
+    calibrated = calibrate(tune, certify, max_loss, signal, self_labelled=True, guard=guard)
+    return _publish(artifact, store, calibrated)
 
 
 def _check_exits(artifact: Artifact) -> None:

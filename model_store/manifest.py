@@ -154,6 +154,32 @@ class Calibration(ManifestPart):
         return self
 
 
+class Missed(ManifestPart):
+    """What a calibration says about the flagged texts that early exits miss, for the default signal.
+
+    Attributes:
+        labels, threshold, is_below: the flag by the names of labels; see de3.runtime.flags.Wanted.
+        flagged: number of independent certifying samples that full depth flags.
+        taus: ascending from 0.
+        bounds: by τ, the upper bound on the true rate with 95% confidence (exits.bound).
+    """
+
+    labels: list[str] = Field(max_length=MAX_LABELS)
+    threshold: float | None
+    is_below: bool
+    flagged: int = Field(ge=0, le=MAX_INT)
+    taus: list[Share] = Field(min_length=1, max_length=MAX_ROWS)
+    bounds: list[Share] = Field(min_length=1, max_length=MAX_ROWS)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.taus) != len(self.bounds) or self.taus[0] != 0:
+            raise ValueError("missed needs a bound for each τ, the first of which is 0")
+        if any(a >= b for a, b in pairwise(self.taus)) or any(a > b for a, b in pairwise(self.bounds)):
+            raise ValueError("missed needs ascending values of τ, and bounds that do not decrease")
+        return self
+
+
 class Learned(ManifestPart):
     """Origin of exits that were fitted to records of live traffic.
 
@@ -186,6 +212,7 @@ class Manifest(Architecture):
             runtime.upstream); None: full depth is the last layer.
         risk: weights of the signal risk, for every exit but the last, or for every exit if there is an upstream; None
             if the model does not have this signal.
+        missed: the certificate of missed texts, if the calibration had a flag.
         label_risk: for every exit, weights that estimate the probability that its answer differs from the text's
             label; an upstream gives labels, too. None if unknown.
         export: results of the export's checks: parity with PyTorch, unless the weights are those of an unchanged
@@ -207,6 +234,7 @@ class Manifest(Architecture):
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
     label_risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
+    missed: Missed | None = None
     calibration: Calibration | None
     export: dict[str, Any]
     files: dict[str, FileEntry] = Field(max_length=2 * MAX_LAYERS)
@@ -392,7 +420,11 @@ def base_of(manifest: Manifest) -> str:
 
 def unset_fields(manifest: Manifest) -> set[str]:
     """The fields that are left out while they are None, because earlier releases did not have them."""
-    return {name for name in ("upstream", "label_risk", "aggregation") if getattr(manifest, name) is None}
+    return {
+        name
+        for name in ("upstream", "label_risk", "aggregation", "missed")
+        if getattr(manifest, name) is None
+    }
 
 
 def fingerprint(manifest: Manifest) -> str:

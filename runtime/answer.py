@@ -176,8 +176,8 @@ class ModelResult(TypedDict):
         Annotated[
             Mapping[str, Any],
             Field(
-                description="with max_disagreement: the certified bound on the disagreement; absent if a text has "
-                "several windows",
+                description="with max_disagreement or max_missed: the certified bound on that rate; absent if a text "
+                "has several windows",
             ),
         ]
     ]

@@ -22,6 +22,7 @@ ALLOWED = {
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
     "max_disagreement": " (allowed: 0 to 1)",
+    "max_missed": " (allowed: 0 to 1)",
     "truncate_prompt_tokens": " or null: texts are truncated to the model's limit",
     "truncation_side": " or null: texts are truncated at their end",
     "add_special_tokens": " or null: the model needs them",

@@ -81,3 +81,21 @@ def flag_of(wanted: Wanted, manifest: Manifest, kind: Kind) -> Flag:
             return Flag(tuple(labels), tuple(own))
         case _:
             assert_never(kind)
+
+
+def guard_of(setting: str | None, manifest: Manifest) -> tuple[Wanted, Flag] | None:
+    """The flag in a setting without a model's name, by name and of a model; raises ValueError for an invalid one."""
+    if setting is None:
+        return None
+    wanted = parsed(setting)[1]
+    try:
+        return wanted, flag_of(wanted, manifest, manifest.kind)
+    except RequestError as error:
+        raise ValueError(error.message) from None
+
+
+def certified_flag(manifest: Manifest) -> Wanted | None:
+    """The flag for which missed texts are certified; None if there is none."""
+    if (missed := manifest.missed) is None:
+        return None
+    return Wanted(missed.labels, missed.threshold, missed.is_below)

@@ -12,8 +12,8 @@ from de3.exits.signals import MAX_LAM, SIGNALS, check_name
 MAX_BUDGET_MS = 60_000
 MAX_THRESHOLDS = 10_000
 THRESHOLD = "a number above 0 and below 1"
-EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")  # these are also settings
-CALIBRATED = ("target_speedup", "max_disagreement")  # options that choose τ by the calibration table
+EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement", "max_missed")  # also settings
+CALIBRATED = ("target_speedup", "max_disagreement", "max_missed")  # options that choose τ by the calibration
 # Options that have an effect only with early exits.
 NEED_AN_EXIT = (*EXCLUSIVE, "signal", "max_layer", "lam")
 
@@ -32,6 +32,7 @@ class ExitOptions:
     target_speedup: float | None = None
     latency_budget_ms: float | None = None
     max_disagreement: float | None = None
+    max_missed: float | None = None
     best_effort: bool = False
     thresholds: float | Mapping[str, float] | None = None
 
@@ -121,6 +122,13 @@ class OptionFields(BaseModel):
         ge=0,
         le=1,
         description="instead of tau: maximum rate of answers that differ from full depth, at 95% confidence",
+    )
+    max_missed: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="instead of tau: maximum share of the texts that full depth flags that exit early as safe, at 95% "
+        "confidence, for a model that was calibrated with a flag",
     )
 
     thresholds: Annotated[

@@ -1,5 +1,6 @@
 """Chooses τ: maps a request's options to its exit rule."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,7 +15,7 @@ from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.runtime.errors import RequestError
-from de3.runtime.flags import Wanted, flag_of, parsed
+from de3.runtime.flags import Wanted, certified_flag, flag_of, parsed
 from de3.runtime.options import CALIBRATED, NEED_AN_EXIT, NO_OPTIONS, ExitOptions
 from de3.runtime.settings import GUARANTEES, RuntimeSettings
 
@@ -115,9 +116,9 @@ class Choice:
 
 
 def _flag_of(manifest: Manifest, settings: RuntimeSettings) -> Wanted | None:
-    """The flag of a model in the settings; None if it has none."""
+    """The flag of a model: in the settings or, without one, of its calibration; None if it has none."""
     flags = dict(parsed(one) for one in settings.flags)
-    return flags.get(manifest.name, flags.get(""))
+    return flags.get(manifest.name, flags.get("", certified_flag(manifest)))
 
 
 def _limits_of(wanted: Wanted | None, manifest: Manifest, settings: RuntimeSettings) -> Limits:
@@ -254,6 +255,8 @@ class Rules:
         if flag is None:
             return choice
         found, rule = flag_of(flag, self._manifest, choice.rule.kind), choice.rule
+        if choice.set_by == "max_missed" and found != self.limits.flag:
+            raise RequestError("flag: max_missed is certified for the model's own flag only", "flag")
         if choice.guarantee is not None and self.limits.flag not in (None, found):
             rule, choice = replace(rule, tau=0.0), replace(choice, guarantee=None, expected=None)
         return replace(choice, rule=replace(rule, flag=found))
@@ -395,7 +398,32 @@ class Rules:
             }
             choice = self._at_row(row, "max_disagreement", options.max_disagreement)
             return replace(choice, certificate=certificate)
+        if options.max_missed is not None:
+            return self._within_missed(options.max_missed, signal)
         return otherwise
+
+    def _within_missed(self, most: float, signal: Signal) -> Choice:
+        """The choice of the largest τ at which at most this share of flagged texts is missed, as certified."""
+        missed = self._manifest.missed
+        if missed is None or self.flag != certified_flag(self._manifest):
+            what = "without a flag" if missed is None else "with another flag than --flag"
+            raise RequestError(
+                f"max_missed: {self.name} was calibrated {what}; use de3 calibrate --flag",
+                "max_missed",
+            )
+        if signal is not self._signal:
+            raise RequestError(
+                f"max_missed: is certified for {_key(self._signal)}, not for {_key(signal)}", "max_missed"
+            )
+        index = bisect_right(missed.bounds, most) - 1
+        certificate = {
+            "max_missed": most,
+            "bound": missed.bounds[index],
+            "confidence": CONFIDENCE,
+            "flagged": missed.flagged,
+        }
+        choice = self._at_tau(missed.taus[index], signal, "max_missed", most)
+        return replace(choice, expected=None, certificate=certificate)
 
     def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None, tenant: str) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3.data.examples import Example
+from de3.exits import bound, calibration
+from de3.exits.calibration import Samples
 from de3.exits.criteria import Limits, criteria_of
 from de3.exits.flags import Flag
 from de3.exits.guarantee import profiles
@@ -16,6 +19,7 @@ from de3.exits.kinds import CLASSES, Labels, Spans, TextKind, Value
 from de3.exits.reading import SpansReading
 from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.spans import SpanRule, Unsure
+from de3.export import recalibrate
 from de3.model_store.store import Store
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted, parsed
@@ -182,3 +186,52 @@ def test_missed_texts_are_bounded_and_evidence_is_that_of_one_flag(store: Path, 
         assert report_of(server)["tau"] == report["tau"]
     with serving(store, **on | {"flags": ["negative@0.6"]}) as server:
         assert report_of(server)["tau"] == {"tau": 0.0, "reason": "start"}
+
+
+def test_the_bound_is_that_of_the_flagged_texts_alone() -> None:
+    """300 texts that full depth flags, of which the first exit misses 3 at τ = 0.2, and 700 others."""
+    early, late = np.zeros((1000, 2), np.float32), np.zeros((1000, 2), np.float32)
+    late[:300, 0], early[3:300, 0], early[:3, 1] = 2, 2, 2
+    late[300:, 1], early[300:, 1] = 2, 2
+    logits = np.stack([early, late], 1)
+    samples = Samples.independent(
+        Recorded([0, 1], logits, np.full_like(logits, np.nan), np.zeros(1000, np.int64))
+    )
+    scores, taus = np.full((1000, 2), 0.1), [0.0, 0.05, 0.2]
+    expected = [0.0, bound.upper_bound(0, 300), bound.upper_bound(3, 300)]
+    found = calibration.missed_bounds(samples, Flag((0,), (0.5,)), scores, taus)
+    assert found == (300, pytest.approx(expected))
+    assert calibration.missed_bounds(samples, Flag((0,), (0.99,)), scores, taus) == (0, [0.0, 1.0, 1.0])
+
+
+@pytest.mark.usefixtures("few_taus")
+def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
+    examples = [Example(f"{text} {number}", 0) for number, (text, _) in enumerate(make_rows(600, 71))]
+    recalibrate.recalibrate_on_texts(
+        Store(store).open("tiny-int8"), Store(tmp_path), examples, tmp_path, 0.05, "risk", flag="negative@0.6"
+    )
+    missed = Store(tmp_path).open("tiny-int8").manifest.missed
+    assert missed is not None and missed.flagged > 150 and missed.bounds[1] < 0.05
+    with serving(tmp_path, models=["tiny-int8"], max_missed=0.1) as server:
+        answer = server.classify(input=TEXTS).json()
+        certificate = answer["certificate"]
+        assert certificate["max_missed"] == 0.1 >= certificate["bound"]
+        assert certificate["flagged"] == missed.flagged
+        early = [row for row in answer["data"] if row["exit"]["reason"] == "threshold"]
+        assert early and not any(row["flag"]["flagged"] for row in early)
+        tighter = server.classify(input=TEXTS, max_missed=0.05).json()["certificate"]
+        assert 0 < tighter["bound"] <= 0.05
+        assert server.classify(input="good", max_missed=0, explain=True).json()["tau_choice"]["tau"] == 0
+        for threshold, status in ((0.5, 422), (0.6, 200)):
+            own = server.classify(input="good", max_missed=0.1, flag="negative", flag_threshold=threshold)
+            assert own.status_code == status, own.text
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (tmp_path, {"flags": ["negative"]}, "with another flag than --flag"),
+        (store, {}, "without a flag"),
+    ]
+    for folder, options, says in cases:
+        with pytest.raises(RequestError, match=says):
+            Rules(Store(folder).open("tiny-int8").manifest, Settings(**options, max_missed=0.1))

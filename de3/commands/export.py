@@ -7,6 +7,7 @@ import typer
 
 from de3.commands.models import StoreOption
 from de3.commands.options import (
+    Flag,
     Fragments,
     GroupColumn,
     MaxInt8Loss,
@@ -111,6 +112,7 @@ def calibrate(
             "another is clearly faster on the tuning samples. Requests may name another.",
         ),
     ] = "auto",
+    flag: Flag = None,
     **options: Any,
 ) -> None:
     """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
@@ -133,7 +135,7 @@ def calibrate(
 
     models = Store(store)
     if records:
-        path = recalibrate_on_records(models.open(model), models, records, max_loss / 100, signal)
+        path = recalibrate_on_records(models.open(model), models, records, max_loss / 100, signal, flag)
     elif texts is not None:
         columns = Columns(**fields_of(Columns, options), label=None)
         rows = tables.read_rows(texts, columns)
@@ -142,9 +144,11 @@ def calibrate(
             groups = tables.read_groups(tables.records(texts, columns), group_column)
         examples = [Example(text, 0, group) for (text, _), group in zip(rows, groups, strict=True)]
         artifact = models.open(model)
-        path = recalibrate_on_texts(artifact, models, examples, texts, max_loss / 100, signal, fragments)
+        path = recalibrate_on_texts(
+            artifact, models, examples, texts, max_loss / 100, signal, fragments, flag
+        )
     else:
         if tune is None or certify is None:
             raise ValueError(f"{'--tune' if tune is None else '--certify'} is required, too")
-        path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
+        path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal, flag)
     say_published(path, store)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from de3.commands.models import StoreOption
 from de3.commands.options import (
+    Flag,
     Fragments,
     GroupColumn,
     HelpAll,
@@ -99,6 +100,7 @@ def import_model(
             "agreement with the model's own answers.",
         ),
     ] = 1.0,
+    flag: Flag = None,
     _: HelpAll = False,
     **options: Any,
 ) -> None:
@@ -134,7 +136,7 @@ def import_model(
         raise ValueError(
             f"--tolerance must be from {MIN_TOLERANCE:g} to {MAX_TOLERANCE:g}, got {tolerance:g}"
         )
-    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100)
+    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, flag)
     folder = work or Path("runs") / name
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--work {folder}: is a file; give a folder (it need not exist)")
