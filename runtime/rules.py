@@ -158,6 +158,7 @@ class Rules:
         self._kind = manifest.kind
         self.flag = _flag_of(manifest, settings)
         self.limits = _limits_of(self.flag, manifest, settings)
+        self.observes = settings.observe
         self.name = manifest.full_name
         table = manifest.calibration.table if manifest.calibration else []
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
@@ -214,6 +215,7 @@ class Rules:
         self.default = ordered[(len(ordered) - 1) // 2] if ordered else self._start
 
     def _guaranteed(self, tau: float, reason: Reason) -> Choice:
+        tau = 0.0 if self.observes else tau
         differing, missed = self.limits.differing, self.limits.missed
         rates = {"max_disagreement": differing, "max_missed": missed}
         row: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}

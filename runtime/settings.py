@@ -47,6 +47,14 @@ class RuntimeSettings(BaseModel):
             "audits; instead of --guarantee, or with it."
         ),
     ] = None
+    observe: Annotated[
+        bool,
+        Option(
+            "--observe",
+            help="With a guarantee: answer every text at full depth, and only report what earlier exits would have "
+            "saved and missed.",
+        ),
+    ] = False
     flags: Annotated[
         list[Annotated[str, AfterValidator(_flag)]],
         Option(
@@ -167,6 +175,8 @@ class RuntimeSettings(BaseModel):
             other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)
             if other is not None:
                 raise ValueError(f"{given}: cannot be combined with {other}; give one of them")
+        if self.observe and given is None:
+            raise ValueError("observe: needs guarantee or guarantee_missed, whose exits are observed")
         for of in self.upstreams:
             if not of.upstream.is_encrypted and not self.allow_plain_http:
                 raise ValueError(

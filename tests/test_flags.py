@@ -184,6 +184,11 @@ def test_missed_texts_are_bounded_and_evidence_is_that_of_one_flag(store: Path, 
         assert metrics == [report["measured"]["missed_flagged"], 0.2]
     with serving(store, **on) as server:
         assert report_of(server)["tau"] == report["tau"]
+    with serving(store, **on, observe=True) as server:
+        rows = rows_of(server, input=TEXTS)
+        assert {row["exit"]["reason"] for row in rows} == {"last_layer"}
+        observed = report_of(server)
+        assert observed["guarantee"]["observed"] and observed["measured"]["speedup"] > 1
     with serving(store, **on | {"flags": ["negative@0.6"]}) as server:
         assert report_of(server)["tau"] == {"tau": 0.0, "reason": "start"}
 

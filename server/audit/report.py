@@ -98,7 +98,8 @@ def report(ledger: Ledger, live: Live, in_force: Choice, reader: str | None = No
 
 def _guarantee(ledger: Ledger, reason: str) -> dict[str, Any] | None:
     rates = {"max_disagreement": ledger.guaranteed_rate, "max_missed": ledger.limits.missed}
-    known = {name: rate for name, rate in rates.items() if rate is not None}
+    known: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+    known |= {"observed": True} if ledger.rules.observes else {}
     return known | {"confidence": CONFIDENCE, "reason": reason} if known else None
 
 
