@@ -1,8 +1,8 @@
 """What a guard looks for, and one-sided exits: a text leaves early only with an answer that is safe.
 
 A text that would exit with a flagged answer runs to the last layer, past all later exits. So early exits add no false
-alarm, and at any τ fewer answers differ from full depth than with exits for every answer: a certificate for those holds
-for any flag, too. One thing can go wrong: a text that full depth flags leaves early as safe, that is, it is missed.
+alarm, and at any τ no other answers differ from full depth than with exits for every answer: a bound on those holds for
+any flag, too. One thing can go wrong: a text that full depth flags leaves early as safe, that is, it is missed.
 `exits.criteria.MissedFlag` counts such texts.
 """
 
@@ -51,11 +51,18 @@ class Flag:
         """A short text that identifies it, for the state of evidence."""
         return f"{','.join(map(str, self.labels))}{'<' if self.is_below else '>'}{','.join(map(repr, self.thresholds))}"
 
+    def label(self, reading: ClassReading | LabelsReading) -> int:
+        """The label that is most probable or, for labels, whose probability is highest above its threshold."""
+        if isinstance(reading, LabelsReading):
+            above = (reading.probs[k] - least for k, least in zip(self.labels, self.thresholds, strict=True))
+            return max(zip(above, self.labels, strict=True))[1]
+        return max(self.labels, key=reading.probs.__getitem__)
+
     def prob(self, reading: ClassReading | LabelsReading) -> float:
-        """The probability that one of the labels is right."""
+        """The probability that one of the labels is right; for labels, of `label`."""
         probs, total = reading.probs, 0.0
         if isinstance(reading, LabelsReading):
-            return max(probs[k] for k in self.labels)
+            return probs[self.label(reading)]
         for k in self.labels:  # not sum(), see exits.reading.read
             total += probs[k]
         return total

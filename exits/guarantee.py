@@ -308,10 +308,17 @@ class Guarantee:
         """The reason for τ; see the class."""
         return "recent" if self.index < self.proved else self._why
 
-    def count(self, share: float, audits: Profiles, repeats: NDArray[np.bool_] | None = None) -> None:
+    def count(
+        self,
+        share: float,
+        audits: Profiles,
+        repeats: NDArray[np.bool_] | None = None,
+        window_share: float | None = None,
+    ) -> None:
         """Count audits. They may lower τ; only `advance` raises it.
 
-        share: the probability with which each text was drawn. audits: the profiles of the texts, in order. repeats: for
+        share: the probability with which each text was drawn. window_share: the same for the recent audits, if `share`
+        is not that of all texts. audits: the profiles of the texts, in order. repeats: for
         each text, whether it was counted before, or is near to one that the exits were fitted to.
 
         As evidence, a repeat counts only against each τ at which it differs. The recent audits and the change detector
@@ -324,7 +331,8 @@ class Guarantee:
             self.evidence.add_repeats(share, audits.differs[repeats])
         # At τ = 0 every text is audited, but at the next τ only some are. A share of 0 keeps the window as short as it
         # is at the next τ.
-        self.recent.add(share if self.index else 0.0, audits.differs)
+        drawn = share if window_share is None else window_share
+        self.recent.add(drawn if self.index else 0.0, audits.differs)
         if self.proved and self._detector.count(audits.differs[:, self.proved].tolist()):
             self.reset("change")
             return

@@ -70,7 +70,7 @@ class Calibrated:
             RiskWeights(layer=m, weights=list(w)) for m, w in enumerate(self.risk.weights) if w is not None
         ]
         found = {"calibration": self.calibration, "risk": weights, "defaults": self.defaults}
-        return found | {"missed": self.missed}
+        return found if self.missed is None else found | {"missed": self.missed}
 
 
 def calibrate(

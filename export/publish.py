@@ -57,6 +57,7 @@ def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Ma
         name: getattr(manifest, name)
         for name in ("source", "thresholds", "tolerance", "input", "upstream", "aggregation")
     }
+    kept["missed"] = None if manifest.missed is None else manifest.missed.uncertified
     return manifest_of(architecture, draft, **{"name": manifest.name, **kept, **fields})
 
 

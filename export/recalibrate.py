@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,10 +77,13 @@ def recalibrate_on_records(
     if (fitted := fitted_of(artifact)) is not None:
         found = found.part(~fitted.are_near(found.pieces))
     whole = records.part_of(records.recorded(artifact, found), records.groups_of(found))
-    # The later half certifies, without texts that are near to those of the earlier half and on which all exits agree.
+    # The later half certifies, without texts that are near to those of the earlier half and on which no exit fails.
     is_early = np.arange(len(found)) < len(found) // 2
-    is_near = FittedTexts(found.pieces[is_early]).are_near(found.pieces)
-    is_late = ~is_early & (~is_near | whole.samples.recorded.differs.any(1))
+    counts = ~FittedTexts(found.pieces[is_early]).are_near(found.pieces)
+    guard = guard_of(flag, artifact.manifest)
+    for fails, rows in whole.samples.recorded.failures(None if guard is None else guard[1]):
+        counts[rows] |= fails.any(1)
+    is_late = ~is_early & counts
     return _on_own_answers(artifact, store, whole, is_early, is_late, max_loss, signal, flag)
 
 
@@ -107,11 +111,16 @@ def recalibrate_on_texts(
     recorded = replace(recorded, labels=recorded.answers[:, -1])
     whole = CalibrationPart.of(recorded, used)
     rng, groups = np.random.default_rng(SEED), whole.samples.groups
-    in_tune = rng.permutation(whole.samples.num_groups) < whole.samples.num_groups // 2
-    if (guard := guard_of(flag, artifact.manifest)) is not None:  # flagged texts are few, and mostly certify
-        is_flagged = np.unique(groups[recorded.flagged(guard[1])[:, -1]])
-        in_tune[is_flagged] = rng.permutation(len(is_flagged)) < len(is_flagged) // 4
-    in_tune = in_tune[groups]
+    count, is_tune = whole.samples.num_groups, np.zeros(whole.samples.num_groups, np.bool_)
+    parts, share = [np.arange(count)], 2
+    if (
+        guard := guard_of(flag, artifact.manifest)
+    ) is not None:  # flagged texts are few, and most of them certify
+        flagged = np.unique(groups[recorded.flagged(guard[1])[:, -1]])
+        parts, share = [flagged, np.setdiff1d(np.arange(count), flagged)], 4
+    for part in parts:
+        is_tune[part] = rng.permutation(len(part)) < len(part) // share
+    in_tune = is_tune[groups]
     return _on_own_answers(artifact, store, whole, in_tune, ~in_tune, max_loss, signal, flag)
 
 
@@ -172,7 +181,9 @@ def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
     """Publish an artifact's next version with this calibration; returns its folder."""
     with store.new_version(artifact.manifest.name) as draft:
         draft.write({name: artifact.read(name) for name in artifact.manifest.files})
-        fields = {"version": draft.next_version(), "created": int(time.time()), **calibrated.fields()}
+        earlier = artifact.manifest.missed
+        fields: dict[str, Any] = {"version": draft.next_version(), "created": int(time.time())}
+        fields |= {"missed": None if earlier is None else earlier.uncertified, **calibrated.fields()}
         return draft.publish(Manifest.model_validate({**artifact.manifest.model_dump(), **fields}))
 
 

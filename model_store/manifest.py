@@ -171,10 +171,15 @@ class Missed(ManifestPart):
     taus: list[Share] = Field(min_length=1, max_length=MAX_ROWS)
     bounds: list[Share] = Field(min_length=1, max_length=MAX_ROWS)
 
+    @property
+    def uncertified(self) -> "Missed":
+        """The flag alone, for other exits or another calibration: only τ = 0 misses nothing."""
+        return self.model_copy(update={"flagged": 0, "taus": [0.0], "bounds": [0.0]})
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.taus) != len(self.bounds) or self.taus[0] != 0:
-            raise ValueError("missed needs a bound for each τ, the first of which is 0")
+        if len(self.taus) != len(self.bounds) or self.taus[0] != 0 or self.bounds[0] != 0:
+            raise ValueError("missed needs a bound for each τ, and begins with 0 and 0")
         if any(a >= b for a, b in pairwise(self.taus)) or any(a > b for a, b in pairwise(self.bounds)):
             raise ValueError("missed needs ascending values of τ, and bounds that do not decrease")
         return self

@@ -257,8 +257,9 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
         # What a latency budget cuts off is never safe.
         row["flag"] = {"flagged": is_raised or (None if outcome.reason == "deadline" else False)}
         if isinstance(reading, ClassReading | LabelsReading):
-            prob, most = flag.prob(reading), max(flag.labels, key=reading.probs.__getitem__)
-            row["flag"] |= {"label": labels[most], "prob": prob if exact else round(prob, DECIMALS)}
+            prob = flag.prob(reading)
+            label = labels[flag.label(reading)]
+            row["flag"] |= {"label": label, "prob": prob if exact else round(prob, DECIMALS)}
         if (decisive := outcome.decisive) is not None:
             row["flag"] |= {"window": decisive.window, "start": decisive.start, "end": decisive.end}
     if request.ood:

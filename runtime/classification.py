@@ -172,8 +172,8 @@ class ClassifyRequest(OptionFields):
         None,
         min_length=1,
         max_length=1000,
-        description="a label to watch for: with long: windows, the answer is that of the window where it is most "
-        "probable, and the first window that reaches flag_threshold is the last to run",
+        description="a label to watch for: texts exit early only if they are not flagged. With long: windows, the "
+        "answer is that of the window where it is most probable; the first window that is flagged is the last to run",
     )
     flag_threshold: float | None = Field(
         None, gt=0, lt=1, description="default: 0.5, or the label's threshold in a multi-label model"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple, assert_never
 
 from de3.exits.flags import Flag
@@ -39,7 +40,9 @@ def parsed(setting: str) -> tuple[str, Wanted]:
     try:
         assert found is not None
         if found["sign"]:
-            return found["name"] or "", Wanted((), float(found["limit"]), found["sign"] == "<")
+            limit = float(found["limit"])
+            assert isfinite(limit)
+            return found["name"] or "", Wanted((), limit, found["sign"] == "<")
         least = None if found["least"] is None else float(found["least"])
         if least is not None and not 0 < least <= 1:
             raise ValueError
@@ -68,13 +71,13 @@ def flag_of(wanted: Wanted, manifest: Manifest, kind: Kind) -> Flag:
                 raise refusal(f"{manifest.name} is a token classifier: its texts have no classes")
             return Flag()
         case Classes() | Labels():
-            known = manifest.labels
+            known = {name: k for k, name in enumerate(manifest.labels)}
             if unknown := [name for name in names if name not in known]:
-                shown = ", ".join(known[:MAX_NAMED])
+                shown = ", ".join(manifest.labels[:MAX_NAMED])
                 raise refusal(f"{unknown[0][:100]!r} is not a label of {manifest.name}: {shown}")
             if not names:
                 raise refusal(f"{manifest.name} has labels; name those that are flagged")
-            labels = sorted({known.index(name) for name in names})
+            labels = sorted({known[name] for name in names})
             if isinstance(kind, Classes):
                 return Flag(tuple(labels), (DEFAULT_THRESHOLD if threshold is None else threshold,))
             own = [sigmoid(kind.logits[k]) if threshold is None else threshold for k in labels]

@@ -118,7 +118,9 @@ class Choice:
 def _flag_of(manifest: Manifest, settings: RuntimeSettings) -> Wanted | None:
     """The flag of a model: in the settings or, without one, of its calibration; None if it has none."""
     flags = dict(parsed(one) for one in settings.flags)
-    return flags.get(manifest.name, flags.get("", certified_flag(manifest)))
+    source = manifest.source or ""
+    names = manifest.name, manifest.full_name, source, source.partition("@")[0]
+    return next((flags[name] for name in names if name in flags), flags.get("", certified_flag(manifest)))
 
 
 def _limits_of(wanted: Wanted | None, manifest: Manifest, settings: RuntimeSettings) -> Limits:
@@ -251,8 +253,9 @@ class Rules:
     def with_flag(self, choice: Choice, flag: Wanted | None) -> Choice:
         """A choice for a request with a flag of its own, if it has one; raises RequestError for an unknown label.
 
-        A certificate for exits with any answer holds for one-sided exits, too (see exits.flags). But audits of one
-        flag's exits say nothing about those of another.
+        A certificate for exits with any answer holds for one-sided exits, too (see exits.flags), unless it counts
+        differences from an original model, from which full depth differs. But audits of one flag's exits say nothing
+        about those of another.
         """
         if flag is None:
             return choice
@@ -261,7 +264,14 @@ class Rules:
             raise RequestError("flag: max_missed is certified for the model's own flag only", "flag")
         if choice.guarantee is not None and self.limits.flag not in (None, found):
             rule, choice = replace(rule, tau=0.0), replace(choice, guarantee=None, expected=None)
-        return replace(choice, rule=replace(rule, flag=found))
+        return self._one_sided(replace(choice, rule=replace(rule, flag=found)))
+
+    def _one_sided(self, choice: Choice) -> Choice:
+        """A choice with a flag, without a certificate that does not hold for it."""
+        calibration = self._manifest.calibration
+        if calibration is None or calibration.original_disagreement is None or choice.set_by == "max_missed":
+            return choice
+        return replace(choice, certificate=None)
 
     def choose(self, options: ExitOptions, level: int = 0, tenant: str = "") -> Choice:
         """The choice for a request's options; raises RequestError if they cannot be met.
@@ -399,15 +409,20 @@ class Rules:
                 "samples": calibration.certify_size if calibration else 0,
             }
             choice = self._at_row(row, "max_disagreement", options.max_disagreement)
-            return replace(choice, certificate=certificate)
+            choice = replace(choice, certificate=certificate)
+            return choice if self.limits.flag is None else self._one_sided(choice)
         if options.max_missed is not None:
             return self._within_missed(options.max_missed, signal)
         return otherwise
 
     def _within_missed(self, most: float, signal: Signal) -> Choice:
         """The choice of the largest τ at which at most this share of flagged texts is missed, as certified."""
-        missed = self._manifest.missed
-        if missed is None or self.flag != certified_flag(self._manifest):
+        missed, certified = self._manifest.missed, certified_flag(self._manifest)
+        if (
+            missed is None
+            or certified is None
+            or flag_of(certified, self._manifest, self._kind) != self.limits.flag
+        ):
             what = "without a flag" if missed is None else "with another flag than --flag"
             raise RequestError(
                 f"max_missed: {self.name} was calibrated {what}; use de3 calibrate --flag",

@@ -175,6 +175,9 @@ class RuntimeSettings(BaseModel):
             other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)
             if other is not None:
                 raise ValueError(f"{given}: cannot be combined with {other}; give one of them")
+        names = [parsed(one)[0] for one in self.flags]
+        if len({*names}) < len(names):
+            raise ValueError("flag: a model has two flags; give one, with several labels if need be")
         if self.observe and given is None:
             raise ValueError("observe: needs guarantee or guarantee_missed, whose exits are observed")
         for of in self.upstreams:

@@ -11,6 +11,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
+from de3.runtime.flags import parsed
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
@@ -281,7 +282,8 @@ def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -
     """The name that answers requests that do not name a model; None: there is no default.
 
     are_named: the operator has named the artifacts, so the first is the default. Raises StoreError if the default model
-    of the settings, or the model of an alias, is not served, and for an alias that is the name of a served model.
+    of the settings, or the model of an alias or a flag, is not served, and for an alias that is the name of a served
+    model.
     """
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))
 
@@ -295,6 +297,9 @@ def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -
         if alias in served:
             raise StoreError(f"--alias {alias}={target}: {alias} is the name of a served model")
         name_of(target, f"--alias {alias}={target}")
+    for flagged, _ in map(parsed, settings.flags):
+        if flagged:  # otherwise the flag is that of all models
+            name_of(flagged, f"--flag {flagged}=…")
     name = settings.default_model
     if name is None:  # the only model at startup remains the default when others are loaded
         return served[0] if are_named or len(served) == 1 else None

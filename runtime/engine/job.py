@@ -125,9 +125,8 @@ class Item:
         self.progress.windows = windows
         for one in self.team:
             # Texts in windows are not audited, and it takes only one of them to miss a span or a flagged passage.
-            rule = one.job.choice.rule
-            is_partial = isinstance(rule.kind, Spans) or rule.flag is not None
-            one.is_deep |= is_partial and one.job.choice.guarantee is not None
+            rule, guarantee = one.job.choice.rule, one.job.choice.guarantee or {}
+            one.is_deep |= "max_missed" in guarantee or (isinstance(rule.kind, Spans) and bool(guarantee))
             one.windows = WindowProgress(windows, rule)
         self.start(windows[0])
 

@@ -269,8 +269,12 @@ class Auditor:
         return float(share * 0.5 ** (8 * tenant.pending // room))
 
     def draw(self, job: Job) -> Draw | None:
-        """Draw texts to audit from a job that is about to be submitted; None if its request sets exit options."""
-        if job.options != NO_OPTIONS:
+        """Draw texts to audit from a job that is about to be submitted.
+
+        None if its request sets exit options, or has another flag than the guarantee: its texts run to full depth, so
+        they would outnumber those that the τ of the others applies to.
+        """
+        if job.options != NO_OPTIONS or (self._has_guarantee and job.choice.guarantee is None):
             return None
         tenant = self._tenant(self._name(job))
         share = self._share_of(tenant, job.choice.rule.tau)

@@ -256,7 +256,7 @@ class Tenant:
         repeats = np.array([self._seen.was_counted(key, room) for key in keys], np.bool_)
         for each, (rows, profile) in zip(self.criteria, found, strict=True):
             if each.guarantee is not None and (each.criterion.of_all or len(rows)):
-                each.guarantee.count(each.share(share), profile, repeats[rows])
+                each.guarantee.count(each.share(share), profile, repeats[rows], share)
 
     def _advance(self) -> None:
         for test in self.guarantees:

@@ -110,7 +110,9 @@ class Detection(Request):
         if unknown := sorted(safe.difference(labels)):
             raise self.refusal("safe_labels", f"{unknown[0][:100]!r} is not a label of {name}")
         unsafe = [label for label in labels if label not in safe]
-        wanted = Wanted(unsafe, threshold) if unsafe else None
+        # If all classes are unsafe, every text is flagged, and in windows the first would be the last to run.
+        watches = unsafe and (safe or len(unsafe) == 1 or manifest.thresholds is not None)
+        wanted = Wanted(unsafe, threshold) if watches else None
         return replace(self, windows=MAX_WINDOWS, truncate=False, safe=safe, threshold=threshold, flag=wanted)
 
     def _spans_of(self, name: str) -> SpanOptions:
@@ -167,7 +169,9 @@ class ContentsRequest(Detection):
             return request
         most, params = len(manifest.labels), "detector_params"
         if manifest.thresholds is None:  # probabilities add up to 1
-            most = min(most, int(1 / max(THRESHOLD if self.threshold is None else self.threshold, 1e-9)))
+            most = min(
+                most, int(1 / max(THRESHOLD if request.threshold is None else request.threshold, 1e-9))
+            )
         chars = sum(text.chars for text in self.texts)
         if most * chars > MAX_CHARS:
             raise RequestError(
