@@ -271,10 +271,11 @@ class Auditor:
     def draw(self, job: Job) -> Draw | None:
         """Draw texts to audit from a job that is about to be submitted.
 
-        None if its request sets exit options, or has another flag than the guarantee: its texts run to full depth, so
-        they would outnumber those that the τ of the others applies to.
+        None if its request sets exit options, or has another flag than the model: with a guarantee its texts run to full
+        depth, so they would outnumber those that the τ of the others applies to.
         """
-        if job.options != NO_OPTIONS or (self._has_guarantee and job.choice.guarantee is None):
+        flag = self.served.rules.limits.flag
+        if job.options != NO_OPTIONS or (flag is not None and job.choice.rule.flag != flag):
             return None
         tenant = self._tenant(self._name(job))
         share = self._share_of(tenant, job.choice.rule.tau)
