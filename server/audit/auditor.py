@@ -271,8 +271,8 @@ class Auditor:
     def draw(self, job: Job) -> Draw | None:
         """Draw texts to audit from a job that is about to be submitted.
 
-        None if its request sets exit options, or has another flag than the model: with a guarantee its texts run to full
-        depth, so they would outnumber those that the τ of the others applies to.
+        None if its request sets exit options, or has another flag than the model: with a guarantee its texts run to
+        full depth, so they would outnumber those that the τ of the others applies to.
         """
         flag = self.served.rules.limits.flag
         if job.options != NO_OPTIONS or (flag is not None and job.choice.rule.flag != flag):
