@@ -97,12 +97,19 @@ class Flag:
         """
         return reading.unsure.found if isinstance(reading, SpansReading) else self.is_raised(reading)
 
+    def probs(self, kind: Classes | Labels, logits: NDArray[np.float32]) -> formulas.Floats:
+        """The probability that one of the labels is right, of logits (..., K), (...); for labels, the highest."""
+        labels = list(self.labels)
+        if isinstance(kind, Labels):
+            return np.asarray(formulas.sigmoid(logits)[..., labels].max(-1))
+        return np.asarray(formulas.softmax(logits)[..., labels].sum(-1))
+
     def raised(self, kind: TextKind, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
         """True where the answer that logits (..., K) give is flagged, (...)."""
         labels, least = list(self.labels), np.array(self.thresholds)
         match kind:
             case Classes():
-                return np.asarray(~(formulas.softmax(logits)[..., labels].sum(-1) < least[0]))
+                return np.asarray(~(self.probs(kind, logits) < least[0]))
             case Labels():
                 return np.asarray((~(formulas.sigmoid(logits)[..., labels] < least)).any(-1))
             case Value():

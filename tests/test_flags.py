@@ -18,8 +18,10 @@ from de3.exits.guarantee import profiles
 from de3.exits.kinds import CLASSES, Labels, Spans, TextKind, Value
 from de3.exits.reading import SpansReading
 from de3.exits.recorded import Recorded, RecordedSpans
+from de3.exits.signals import Entropy
 from de3.exits.spans import SpanRule, Unsure
 from de3.export import recalibrate
+from de3.export.guard_report import flag_table
 from de3.model_store.store import Store, StoreError
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted, parsed
@@ -30,6 +32,7 @@ from tests.commands import de3
 from tests.fixtures import make_rows, write_rows
 from tests.serving import Server, serving, until
 
+NAMES = ["positive", "negative"]
 TEXTS = [text for text, _ in make_rows(256, 61)]
 NEGATIVE = {"models": ["tiny-int8"], "flags": ["tiny-int8=negative"]}
 
@@ -259,3 +262,22 @@ def test_a_flag_of_a_model_that_is_not_served_is_refused(store: Path) -> None:
         default_of(Settings(flags=["other=X"]), [Store(store).open("tiny")], are_named=True)
     with pytest.raises(ValueError, match="two flags"):
         Settings(flags=["tiny=positive", "tiny=negative"])
+
+
+def test_recall_and_false_alarms_by_threshold(store: Path, tmp_path: Path) -> None:
+    """Probabilities of 1 to 10% for the others, and of 11 to 100% in steps of 1% for 90 samples to find."""
+    probs = np.arange(1, 101) / 100.5
+    logits = np.zeros((100, 2, 2), np.float32)
+    logits[:, 1, 0] = np.log(probs / (1 - probs))
+    logits[:, 0] = [1, 0]  # the first exit flags every sample, except two
+    logits[[60, 70], 0] = [-9, 0]
+    labels = np.where(np.arange(100) < 10, 1, 0)
+    recorded = Recorded([0, 1], logits, np.full_like(logits, np.nan), labels)
+    table = flag_table(recorded, Flag((0,), (0.5,)), 1.0, Entropy())
+    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert ("0.05", "", "100.0%", "50.0%", "2.1% of 95") in rows
+    assert ("0.5", "the flag", "55.6%", "0.0%", "4.0% of 50") in rows
+    assert ("0.199", "recall 90%", "90.0%", "0.0%", "2.5% of 81") in rows
+    file = write_rows(tmp_path / "rows.jsonl", [(text, NAMES[int(of)]) for text, of in make_rows(60, 80)])
+    said = de3(f"evaluate tiny-int8 {file} --store {store} --png {tmp_path}/plot.png --flag negative@0.6")
+    assert "samples to find among 60" in said and "the flag" in said

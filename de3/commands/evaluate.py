@@ -52,6 +52,12 @@ def evaluate(
             help="A model to compare with, e.g. an earlier version, as NAME:1; on the labels that both have."
         ),
     ] = None,
+    flag: Annotated[
+        str | None,
+        typer.Option(
+            help="What a guard is to find, as LABEL,LABEL@PROBABILITY: recall and false alarms by threshold."
+        ),
+    ] = None,
     png: Annotated[
         Path | None,
         typer.Option(
@@ -75,6 +81,7 @@ def evaluate(
     subject = _open(model, store)
     if baseline is not None and (original is not None or (file is None and dataset is None)):
         raise ValueError("--baseline: needs a file or --dataset with labels, without --original")
+    guard = flag and subject.guard(flag)
     other = None if baseline is None else _baseline(baseline, store, subject)
     if file is not None or dataset is not None:
         has_labels = original is None or not (options["label"] == "" or (file and file.suffix == ".txt"))
@@ -110,6 +117,8 @@ def evaluate(
     warn(evaluation.weaknesses(recorded, subject.names))
     if other is not None:
         _compare(subject, recorded, examples, other)
+    if guard is not None:
+        output.print(subject.flag_table(recorded, guard))
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
         if subject.served is not None:
@@ -153,6 +162,21 @@ class _Subject:
             return np.full(len(recorded.labels), len(recorded.exit_layers) - 1)
         manifest = self.served.model.manifest
         return exit_index(manifest.default_signal.scores(recorded), manifest.defaults.tau)
+
+    def guard(self, flag: str) -> Any:
+        """A flag of the model; raises ValueError for a checkpoint, and for a flag that the model cannot have."""
+        from de3.runtime.flags import guard_of
+
+        if self.served is None:
+            raise ValueError("--flag: needs a model in the store, not a checkpoint")
+        return guard_of(flag, self.served.model.manifest)
+
+    def flag_table(self, recorded: Any, guard: Any) -> Any:
+        """See export.guard_report.flag_table."""
+        from de3.export.guard_report import flag_table
+
+        manifest = self.served.model.manifest
+        return flag_table(recorded, guard[1], manifest.defaults.tau, manifest.default_signal)
 
 
 def _open(name: str, store: Path) -> _Subject:
