@@ -117,8 +117,7 @@ def evaluate(
     warn(evaluation.weaknesses(recorded, subject.names))
     if other is not None:
         _compare(subject, recorded, examples, other)
-    if guard is not None:
-        output.print(subject.flag_table(recorded, guard))
+    subject.report_guard(recorded, guard, output)
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
         if subject.served is not None:
@@ -171,12 +170,13 @@ class _Subject:
             raise ValueError("--flag: needs a model in the store, not a checkpoint")
         return guard_of(flag, self.served.model.manifest)
 
-    def flag_table(self, recorded: Any, guard: Any) -> Any:
-        """See export.guard_report.flag_table."""
+    def report_guard(self, recorded: Any, guard: Any, output: Console) -> None:
+        """Print recall and false alarms by threshold, if there is a flag; see export.guard_report.flag_table."""
         from de3.export.guard_report import flag_table
 
-        manifest = self.served.model.manifest
-        return flag_table(recorded, guard[1], manifest.defaults.tau, manifest.default_signal)
+        if guard is not None:
+            manifest = self.served.model.manifest
+            output.print(flag_table(recorded, guard[1], manifest.defaults.tau, manifest.default_signal))
 
 
 def _open(name: str, store: Path) -> _Subject:
