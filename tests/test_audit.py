@@ -5,7 +5,9 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from errno import ENOSPC
 from itertools import count
@@ -1036,3 +1038,23 @@ def test_the_share_falls_with_the_traffic_until_a_reset_after_which_exits_are_le
         shares.append(one.share)
     one.apply(Standing(1, 1, {}))
     assert [*shares, one.share] == [1.0, 1.0, 0.5, 0.1, 1.0]
+
+
+def test_metrics_are_read_in_another_thread_while_texts_are_answered(
+    answering: Callable[..., Answering],
+) -> None:
+    """Python switches between the threads as often as it can."""
+    one, before = answering(guarantee=0.2), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit(lambda: [(one.auditor.share, one.auditor.pending) for _ in range(5000)])
+            for number in count():
+                if read.done():
+                    break
+                one.answer(1.0, tenant=f"tenant {number % 300}")
+                if number > 20:
+                    one.run_audit(0)
+        assert len(read.result()) == 5000
+    finally:
+        sys.setswitchinterval(before)

@@ -169,6 +169,8 @@ def report_of(server: Server) -> dict[str, Any]:
 def test_missed_texts_are_bounded_and_evidence_is_that_of_one_flag(store: Path, tmp_path: Path) -> None:
     on: dict[str, Any] = NEGATIVE | {"guarantee_missed": 0.2, "state_dir": tmp_path}
     with serving(store, **on) as server:
+        (row,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert row["flag"] == {"labels": ["negative"], "threshold": None, "is_below": False}
         first = server.classify(input=TEXTS[:128], explain=True).json()
         assert first["tau_choice"]["guarantee"] == {"max_missed": 0.2, "confidence": 0.95, "reason": "start"}
         assert {row["exit"]["reason"] for row in first["data"]} == {"last_layer"}

@@ -129,8 +129,8 @@ class _Tenant:
 
     @property
     def size(self) -> int:
-        """Number of entries and records, which are limited."""
-        return sum(1 + len(entry.records) for entry in self.entries)
+        """Number of entries and records, which are limited. A scrape of the metrics asks for it in another thread."""
+        return sum(1 + len(entry.records) for entry in list(self.entries))
 
 
 @dataclass(slots=True)
@@ -244,13 +244,13 @@ class Auditor:
     @property
     def pending(self) -> int:
         """Number of audits that have not run yet."""
-        return sum(tenant.pending for tenant in self._tenants.values())
+        return sum(tenant.pending for tenant in list(self._tenants.values()))
 
     @property
     def share(self) -> float:
         """Probability that the next text of a request without options is drawn, of a tenant with the median τ."""
         idle = _Tenant(self._epoch)
-        tenant = max(self._tenants.values(), key=lambda one: one.pending, default=idle)
+        tenant = max(list(self._tenants.values()), key=lambda one: one.pending, default=idle)
         return self._share_of(tenant, self.served.rules.default.rule.tau)
 
     def _share_of(self, tenant: _Tenant, tau: float) -> float:
@@ -258,7 +258,7 @@ class Auditor:
 
         With a guarantee it is 1 at τ = 0, as an answer at full depth is its own audit.
         """
-        waiting = sum(one.pending > 0 for one in self._tenants.values() if one is not tenant)
+        waiting = sum(one.pending > 0 for one in list(self._tenants.values()) if one is not tenant)
         room = max(LEAST_ROOM, ROOM // (1 + waiting))
         most = max(LEAST_ENTRIES, MAX_ENTRIES // max(1, len(self._tenants)))
         if tenant.pending >= 2 * room or tenant.size >= most or self._is_behind():

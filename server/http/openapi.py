@@ -181,6 +181,9 @@ class ServedModel(BaseModel):
     shares_encoder_with: list[str] = Field(
         [], description="models that can answer on one pass with it; absent while models load"
     )
+    flag: dict[str, Any] | None = Field(
+        None, description="what it is to find (--flag): labels, threshold, is_below; absent while models load"
+    )
     runtime: str | None = Field(None, description="native or onnxruntime; absent while models load")
     instructions: str | None = Field(
         None, description="the instruction set of the native kernels, such as amx, vnni or dotprod"
