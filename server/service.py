@@ -223,7 +223,7 @@ class Service:
         role = self.models.role_of(manifest)
         served = self.models.current(manifest.full_name)
         model, flag = served.model, served.rules.flag
-        runtime = {"runtime": model.runtime, "instructions": model.instructions or None}
+        runtime: dict[str, Any] = {"runtime": model.runtime, "instructions": model.instructions or None}
         runtime |= {"flag": None if flag is None else flag._asdict()}
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
         names = {
