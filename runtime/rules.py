@@ -20,6 +20,7 @@ from de3.runtime.options import CALIBRATED, NEED_AN_EXIT, NO_OPTIONS, ExitOption
 from de3.runtime.settings import GUARANTEES, RuntimeSettings
 
 MAX_NAMED = 20  # signals or labels in a message
+EXPLICIT = ("tau", "target_speedup", "max_disagreement")  # options that choose τ for any flag
 MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
 
 
@@ -262,7 +263,8 @@ class Rules:
         found, rule = flag_of(flag, self._manifest, choice.rule.kind), choice.rule
         if choice.set_by == "max_missed" and found != self.limits.flag:
             raise RequestError("flag: max_missed is certified for the model's own flag only", "flag")
-        if choice.guarantee is not None and self.limits.flag not in (None, found):
+        is_promised = self.limits.are_set or self.default.set_by == "max_missed"
+        if is_promised and self.limits.flag not in (None, found) and choice.set_by not in EXPLICIT:
             rule, choice = replace(rule, tau=0.0), replace(choice, guarantee=None, expected=None)
         return self._one_sided(replace(choice, rule=replace(rule, flag=found)))
 

@@ -185,8 +185,10 @@ def test_missed_texts_are_bounded_and_evidence_is_that_of_one_flag(store: Path, 
         assert not any(row["exit"]["reason"] == "threshold" and row["flag"]["flagged"] for row in rows)
         until(lambda: not report_of(server)["pending"], "the audits")
         report = report_of(server)
-        other = rows_of(server, input=[text for text, _ in make_rows(100, 70)], flag="positive")
-        assert {row["exit"]["reason"] for row in other} == {"last_layer"}
+        texts = [text for text, _ in make_rows(100, 70)]
+        for own in ({}, {"latency_budget_ms": 60_000}, {"max_layer": 3}):
+            other = rows_of(server, input=texts, flag="positive", **own)
+            assert {row["exit"]["layer"] for row in other} == {3}
         assert report_of(server)["audits"] == report["audits"]  # they would outnumber those of the others
         assert report["guarantee"] == {"max_missed": 0.2, "confidence": 0.95, "reason": "evidence"}
         assert report["measured"]["missed_flagged"] <= report["measured"]["missed_flagged_upper"]

@@ -9,7 +9,9 @@ def check_all_ran(outcome: Outcome) -> None:
     ran, windows = max(1, len(outcome.windows)), outcome.num_windows
     if outcome.reason == "deadline" and (ran < windows or outcome.rule.flag is not None):
         what = (
-            f"only {ran} of a text's {windows} windows were read" if ran < windows else "no text was decided"
+            f"only {ran} of a text's {windows} windows were read"
+            if ran < windows
+            else "a text was not decided"
         )
         message = f"latency_budget_ms: {what} in time; allow more"
         raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
