@@ -72,8 +72,8 @@ def fit_exits(
 
     attempt: number of the fit, from 1; determines the error probability of the test (see `error_of`). limits: the
     guarantee. first_new: number of the first record that tests may use; earlier records are from before a change in the
-    traffic. by_client: each client has a guarantee of its own, so all its held-out records are
-    evidence. base: the model, if it is a token classifier, which runs the records' tokens.
+    traffic. by_client: each client has a guarantee of its own, so all its held-out records are evidence. base: the
+    model, if it is a token classifier, which runs the records' tokens.
 
     Raises ValueError if there are too few records.
     """

@@ -57,7 +57,8 @@ def write_exits(base: Artifact, exits: Exits, draft: Draft, **fields: Any) -> Ma
         name: getattr(manifest, name)
         for name in ("source", "thresholds", "tolerance", "input", "upstream", "aggregation")
     }
-    kept["missed"] = None if manifest.missed is None else manifest.missed.uncertified
+    if manifest.missed is not None and not exits.has_last:  # another classifier is no such guard
+        kept["missed"] = manifest.missed.uncertified
     return manifest_of(architecture, draft, **{"name": manifest.name, **kept, **fields})
 
 

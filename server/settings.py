@@ -193,7 +193,9 @@ class Settings(RuntimeSettings):
         if self.has_guarantee and self.audit_share == 0:
             raise ValueError("guarantee: needs audits, and audit_share is 0")
         if self.learn and not self.has_guarantee:
-            raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
+            raise ValueError(
+                "learn: needs guarantee or guarantee_missed, which decide how early its exits may answer"
+            )
         return self
 
     @property

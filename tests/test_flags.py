@@ -245,13 +245,13 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
         for threshold, status in ((0.5, 422), (0.6, 200)):
             own = server.classify(input="good", max_missed=0.1, flag="negative", flag_threshold=threshold)
             assert own.status_code == status, own.text
-    de3(
-        f"calibrate tiny-int8 --texts {write_rows(tmp_path / 'texts.jsonl', make_rows(300, 72))} --store {tmp_path}"
-    )
-    again = (
-        Store(tmp_path).open("tiny-int8").manifest.missed
-    )  # without --flag, the flag stays, but no certificate
-    assert again == missed.uncertified
+    # Without --flag, the flag stays, but no certificate; another classifier on the same encoder is no guard.
+    rows = write_rows(tmp_path / "texts.jsonl", make_rows(300, 72))
+    de3(f"calibrate tiny-int8 --texts {rows} --store {tmp_path}")
+    assert Store(tmp_path).open("tiny-int8").manifest.missed == missed.uncertified
+    de3(f"fit {rows} --encoder tiny-int8 --name other --store {tmp_path}")
+    other = Store(tmp_path).open("other").manifest
+    assert other.missed is None and Rules(other, Settings()).flag is None
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path, {"flags": ["negative"]}, "with another flag than --flag"),
         (store, {}, "without a flag"),

@@ -352,7 +352,9 @@ function drawAnswer(row, fullDepth, animate) {
     lines.push(note(`Full depth ${agrees}: ${named(fullDepth)}${ms(fullDepth, (time) => ` after ${time} ms`)}.`));
   }
   if (row.flag) {
-    const how = exit.reason === "threshold" ? "safe early" : `${row.flag.flagged ? "flagged" : "not flagged"}, decided deep`;
+    const deep = exit.layer === count ? ", decided at full depth" : "";
+    const safe = exit.reason === "threshold" ? "safe early" : `not flagged${deep}`;
+    const how = row.flag.flagged ? `flagged${deep}` : row.flag.flagged === null ? "not decided in time" : safe;
     lines.push(note(`This model is a guard: the text is ${how}.`));
   }
   if (row.truncated) lines.push(note("The text was too long for the model and was truncated."));
