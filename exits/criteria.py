@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from de3.exits.flags import Flag
 from de3.exits.kinds import Kind, Spans, differs
 from de3.exits.reading import Reading, SpansReading
@@ -119,9 +116,3 @@ def criteria_of(kind: Kind, limits: Limits = NO_LIMITS) -> list[Criterion]:
     if limits.flag is not None:
         criteria.append(MissedFlag(limits.flag, limits.missed))
     return criteria
-
-
-def counted(failures: Sequence[Failures], exits: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The indices of the texts that a criterion is about, (m,), and where they fail, (m, exits)."""
-    rows = [i for i, one in enumerate(failures) if one is not None]
-    return np.array(rows, np.int64), np.array([failures[i] for i in rows], np.bool_).reshape(len(rows), exits)

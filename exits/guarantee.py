@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from de3.exits import betting
 from de3.exits.bound import CONFIDENCE
+from de3.exits.criteria import Failures
 
 # Mean number of audits before a false alarm at exactly the guaranteed rate; far more at a lower rate.
 PATIENCE = 1e5
@@ -65,6 +66,46 @@ class SavedGuarantee(NamedTuple):
     error: float = 1 - CONFIDENCE
 
 
+class Audited(NamedTuple):
+    """A text that ran to full depth: where it would exit at each τ, and whether it would then fail.
+
+    Attributes:
+        scores: at each exit; None at an exit without one.
+        failures: by criterion of the model, the exits at which the text fails; see exits.criteria.
+        blocked: the exits whose answer is flagged, at which it does not exit; empty without a flag.
+        costs: cost of an answer at each exit; empty: those of the model. A text in windows has exits of its own, one
+            for each set of windows' exits that some τ leads to (exits.windows.exits_of).
+    """
+
+    scores: Sequence[float | None]
+    failures: Sequence[Failures]
+    blocked: Sequence[bool] = ()
+    costs: Sequence[int] = ()
+
+    def of(self, criterion: int, exits: int, costs: Sequence[int]) -> "_Row | None":
+        """The text as one criterion sees it, with as many exits; None if that is not about it.
+
+        Exits are added before its own: it is never sure enough to leave there. costs: of the model's exits.
+        """
+        if (fails := self.failures[criterion]) is None:
+            return None
+        more = exits - len(self.scores)
+        own = self.costs or costs
+        return _Row(
+            [*[None] * more, *self.scores],
+            [*[False] * more, *fails],
+            [*[False] * more, *(self.blocked or [False] * len(fails))],
+            [*[own[-1]] * more, *own],
+        )
+
+
+class _Row(NamedTuple):
+    scores: list[float | None]
+    fails: list[bool]
+    blocked: list[bool]
+    costs: list[int]
+
+
 class Profiles(NamedTuple):
     """The results for N texts at each τ of a grid, (N, G): disagreement with full depth, and exit layer."""
 
@@ -75,24 +116,43 @@ class Profiles(NamedTuple):
 def profiles(
     scores: Sequence[Sequence[float | None]] | betting.Floats,
     differs: Sequence[Sequence[bool]] | NDArray[np.bool_],
-    layers: Sequence[int],
+    layers: Sequence[int] | Sequence[Sequence[int]],
     taus: NDArray[np.float64],
     blocked: Sequence[Sequence[bool]] | NDArray[np.bool_] | None = None,
 ) -> Profiles:
     """Apply the exit rule (`exits.rule`), at each τ of a grid, to texts that were run to full depth.
 
     scores: scores by text and exit, (N, E); None or NaN at an exit without a score. differs: disagreement of each exit
-    with the last one, (N, E). layers: layers of the exits. taus: the grid, (G,). blocked: where a text that would exit
-    runs to the last layer, (N, E); None: nowhere.
+    with the last one, (N, E). layers: layers of the exits, of all texts or by text, (E,) or (N, E). taus: the grid,
+    (G,). blocked: where a text that would exit runs to the last layer, (N, E); None: nowhere.
     """
-    below = np.array(scores, np.float64).reshape(len(scores), len(layers))[:, :-1]
+    costs = np.array(layers)
+    shape = len(scores), costs.shape[-1]
+    below = np.array(scores, np.float64).reshape(shape)[:, :-1]
     least = np.minimum.accumulate(np.where(np.isnan(below), np.inf, below), 1)
     index = (least[:, :, None] >= taus).sum(1)
     if blocked is not None:
-        is_deep = np.array(blocked, np.bool_).reshape(len(scores), len(layers))
-        index = np.where(np.take_along_axis(is_deep, index, 1), len(layers) - 1, index)
-    unlike = np.array(differs, np.bool_).reshape(len(scores), len(layers))
-    return Profiles(np.take_along_axis(unlike, index, 1), np.array(layers)[index])
+        is_deep = np.array(blocked, np.bool_).reshape(shape)
+        index = np.where(np.take_along_axis(is_deep, index, 1), shape[1] - 1, index)
+    unlike = np.array(differs, np.bool_).reshape(shape)
+    return Profiles(
+        np.take_along_axis(unlike, index, 1), np.take_along_axis(np.broadcast_to(costs, shape), index, 1)
+    )
+
+
+def profiles_of(
+    texts: Sequence[Audited], criterion: int, costs: Sequence[int], taus: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], Profiles]:
+    """The indices of the texts that a criterion is about, (m,), and their results at each τ, (m, G).
+
+    criterion: its index. costs: of the model's exits.
+    """
+    exits = max((len(text.scores) for text in texts), default=len(costs))
+    rows = [text.of(criterion, exits, costs) for text in texts]
+    about = [i for i, row in enumerate(rows) if row is not None]
+    found = [row for row in rows if row is not None]
+    scores, fails, blocked, each = zip(*found, strict=True) if found else ((), (), (), [costs])
+    return np.array(about, np.int64), profiles(scores, fails, each, taus, blocked)
 
 
 @dataclass(slots=True)

@@ -115,6 +115,59 @@ def combination(kind: Kind, windows: Sequence[Span], flag: Flag | None = None) -
             assert_never(kind)
 
 
+class WindowExits(NamedTuple):
+    """The exits of a text in windows: the answers that some τ gives, the deepest windows' last.
+
+    Attributes:
+        readings: the combined answers.
+        scores: the text exits there at every τ above this score, down to the next one's; None: full depth's.
+        costs: mean cost over the windows that run.
+    """
+
+    readings: list[Reading]
+    scores: list[float | None]
+    costs: list[int]
+
+
+def exits_of(
+    kind: Kind,
+    windows: Sequence[Span],
+    flag: Flag | None,
+    passed: Sequence[Sequence[Any]],
+    scores: Sequence[Sequence[float | None]],
+    costs: Sequence[int],
+) -> WindowExits:
+    """What each τ makes of a text whose windows ran to full depth.
+
+    With a flag, windows after the first that full depth flags may be missing: at a τ that misses this one, a later one
+    might still be flagged, but is not counted on.
+
+    passed, scores: the readings of all exits, and their scores, by window that ran. costs: those of the exits.
+    """
+    steps = sorted({one for row in scores for one in row[:-1] if one is not None}, reverse=True)
+    found = WindowExits([], [], [])
+    before: tuple[Any, ...] = ()
+    for step in [None, *reversed(steps)]:  # from full depth up; an exit that changes nothing is left out
+        answer, ran, cost = combination(kind, windows, flag), 0, 0
+        for readings, row in zip(passed, scores, strict=True):
+            last = len(readings) - 1
+            is_sure = (step is not None and one is not None and one <= step for one in row[:last])
+            at = next((j for j, sure in enumerate(is_sure) if sure), last)
+            at = last if flag is not None and flag.blocks(readings[at]) else at
+            answer.add(readings[at])
+            ran, cost = ran + 1, cost + costs[at]
+            if answer.is_settled(1.0 if step is None else EXPECTED_CHANGE):
+                break
+        reading = answer.reading(readings[at])
+        now = reading.answer, flag is not None and flag.is_raised(reading), round(cost / ran)
+        if now != before:
+            found.readings.append(reading)
+            found.scores.append(step)
+            found.costs.append(now[-1])
+        before = now
+    return WindowExits(found.readings[::-1], found.scores[::-1], found.costs[::-1])
+
+
 class _Flagged:
     """The answer of the window with the highest degree of the flag; its logits are those of that window."""
 

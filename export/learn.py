@@ -13,7 +13,7 @@ from de3.exits import betting, risk
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.criteria import Limits, criteria_of
 from de3.exits.flags import Flag
-from de3.exits.guarantee import error_of, profiles
+from de3.exits.guarantee import Audited, error_of, profiles
 from de3.exits.recorded import Recorded
 from de3.export import fit, states
 from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
@@ -245,9 +245,11 @@ def _evidence(
             None if is_near[i] else int(records.keys[i]),
             int(records.numbers[i]),
             cut,
-            [None if np.isnan(score) else float(score) for score in one],
-            [failures.get(i) for failures in by_criterion],
-            () if deep is None else deep[i].tolist(),
+            Audited(
+                [None if np.isnan(score) else float(score) for score in one],
+                [failures.get(i) for failures in by_criterion],
+                () if deep is None else deep[i].tolist(),
+            ),
         )
 
 

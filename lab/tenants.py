@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import typer
 
+from de3.exits.guarantee import Audited
 from de3.loadtest import options
 from de3.loadtest.client import Target, ask_alone, send_traffic
 from de3.loadtest.servers import Server, ours, running
@@ -64,7 +65,7 @@ def count_ms(manifest: Manifest, tenants: int, share: float) -> float:
         for key in range(number * BATCH, (number + 1) * BATCH):
             if rng.random() < share:
                 differs = (rng.random(exits) < RATE / 2).tolist()
-                settled.add(key, [*rng.random(exits).tolist(), None], [[*differs, False]], False)
+                settled.add(key, Audited([*rng.random(exits).tolist(), None], [[*differs, False]]), False)
             else:
                 settled.skipped += 1
         start = time.thread_time()

@@ -117,6 +117,11 @@ class Windows:
         span = self.spans[index]
         return int(self.offsets[span.start, 0]), int(self.offsets[span.end - 1, 1])
 
+    @property
+    def whole(self) -> Tokens:
+        """The tokens of all windows, without a layout."""
+        return _tokens(*self.frame.around([part.tolist() for part in self.parts]), self.truncated)
+
     def __len__(self) -> int:
         return len(self.spans)
 

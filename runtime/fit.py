@@ -1,12 +1,12 @@
 """The messages between a server and the process of a fit (export/fit_process.py), as JSON: the job and its result."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from de3.exits.criteria import Failures, Limits
+from de3.exits.criteria import Limits
+from de3.exits.guarantee import Audited
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +21,14 @@ class HeldOut:
             so it counts only against them.
         number: position of the text in the traffic, as in Records.
         cut: position of the last text that the fit could read; see model_store.manifest.Learned.
-        scores: the signal's score at each exit; None at an exit where it is not defined.
-        failures: by criterion of the model, the exits at which the text fails; see exits.criteria.
-        blocked: the exits whose answer is flagged; empty without a flag.
+        audited: its evidence.
     """
 
     client: str
     key: int | None
     number: int
     cut: int
-    scores: Sequence[float | None]
-    failures: Sequence[Failures]
-    blocked: Sequence[bool] = ()
+    audited: Audited
 
     def __post_init__(self) -> None:
         if self.number <= self.cut:

@@ -21,7 +21,8 @@ import httpx
 import numpy as np
 import pytest
 
-from de3.exits.criteria import Failures, Limits, criteria_of
+from de3.exits.criteria import Limits, criteria_of
+from de3.exits.guarantee import Audited
 from de3.exits.kinds import Spans
 from de3.exits.reading import Reading, read
 from de3.exits.rule import ExitRule
@@ -404,8 +405,10 @@ def test_tenants_with_pending_audits_have_equal_shares_of_the_time(monkeypatch: 
             may_go_on.clear()
 
     def put(tenant: str, texts: int, tokens: int = 0) -> None:
-        rule, ids = cast(Any, None), cast(Any, [0] * tokens)
-        threads.put([Audit(served, rule, ids, print, tenant=tenant) for _ in range(texts)])
+        rule, ids = cast(Any, None), np.zeros((1, tokens), np.int64)
+        threads.put(
+            [Audit(served, rule, Tokens(ids, ids, False), print, tenant=tenant) for _ in range(texts)]
+        )
 
     def go_on() -> None:
         begun.clear()
@@ -463,8 +466,8 @@ def served_ledger(coordinator: Coordinator, served: Any) -> Ledger:
 
 
 # Scores and disagreement at the exits of the model that `made` stands for.
-ALIKE: tuple[list[float | None], list[Failures]] = ([0.0, None, None, None], [[False] * 4])
-UNLIKE: tuple[list[float | None], list[Failures]] = ([0.0, None, None, None], [[True, False, False, False]])
+ALIKE = Audited([0.0, None, None, None], [[False] * 4])
+UNLIKE = Audited([0.0, None, None, None], [[True, False, False, False]])
 
 
 def settled_in(ledger: Ledger, share: float = 1.0, tenant: str = "", may_rise: bool = True) -> Settled:
@@ -478,15 +481,15 @@ def agree(ledger: Ledger, share: float = 1.0, served_differs: bool = False) -> N
     share: probability with which it was drawn. served_differs: True if the answer that was sent differs nevertheless.
     """
     one = settled_in(ledger, share)
-    one.add(None, *ALIKE, served_differs)
+    one.add(None, ALIKE, served_differs)
     ledger.count([one])
 
 
-def count_all(ledger: Ledger, keys: Iterable[int | None], kind: Any = ALIKE, **of: Any) -> None:
+def count_all(ledger: Ledger, keys: Iterable[int | None], kind: Audited = ALIKE, **of: Any) -> None:
     """Count together audited texts with these keys. of: as for `settled_in`."""
     one = settled_in(ledger, **of)
     for key in keys:
-        one.add(key, *kind, False)
+        one.add(key, kind, False)
     ledger.count([one])
 
 
@@ -596,8 +599,8 @@ def test_a_change_falls_back_to_full_depth_and_discards_the_texts_that_were_draw
     proved, epoch = ledger.rules.of_tenant("one").rule.tau, ledger.tenants["one"].epoch
     late, unlike = settled_in(ledger, tenant="one"), settled_in(ledger, tenant="one")
     for key in range(100, 200):
-        late.add(key, *UNLIKE, True)
-        unlike.add(key, *UNLIKE, True)
+        late.add(key, UNLIKE, True)
+        unlike.add(key, UNLIKE, True)
     ledger.count([unlike, late])
     assert "more often than guaranteed" in caplog.text
     one, two = (report(ledger, Live(1.0, 0, {}), ledger.rules.default, name) for name in ("one", "two"))
@@ -643,7 +646,7 @@ def test_tau_is_the_lower_one_that_the_two_guarantees_of_a_token_classifier_allo
     rates = [each.guarantee for each in criteria if each.guarantee is not None]
     tenant, one = Tenant(taus, criteria, 0), Settled("", 0, 1.0, may_rise=True)
     for key in range(400):
-        one.add(key, [0.15, None], [[differs, False], missed], False)
+        one.add(key, Audited([0.15, None], [[differs, False], missed]), False)
     tenant.count(one, [1, 2], 1000)
     assert (*(one.index for one in rates), tenant.index) == indices
     tenant.reset(1)
@@ -691,7 +694,7 @@ def test_tau_rises_only_after_the_last_text_of_a_request(store: Path) -> None:
 
 def test_the_speedup_is_that_of_the_audits_at_each_tenants_tau(store: Path) -> None:
     """Half of the texts exit at layer 0 above τ = 0; the others above τ = 0.9, with another answer."""
-    hard: tuple[list[float | None], list[Failures]] = ([0.9, None, None, None], [[True, False, False, False]])
+    hard = Audited([0.9, None, None, None], [[True, False, False, False]])
     for guaranteed in ({}, {"guarantee": 0.3}):
         found, served = [], made(store)
         served.rules = Rules(served.model.manifest, Settings(**guaranteed or {"tau": TAU}))
@@ -768,9 +771,9 @@ class Answering:
     def _job(self, texts: int, tau: float, exits: int, tenant: str, tokens: Tokens) -> Any:
         passed, items = PASSED[:exits], []
         for _ in range(texts):
-            outcome = SimpleNamespace(windows=None, reason="", passed=passed, reading=passed[-1], tokens=1)
+            outcome = SimpleNamespace(windows=(), reason="", passed=passed, reading=passed[-1], tokens=1)
             item = SimpleNamespace(outcome=outcome, asks_all_exits=False, is_deep=False, states=STATES)
-            item.progress, item.text = SimpleNamespace(tokens=tokens), SentText()
+            item.progress, item.text = SimpleNamespace(tokens=tokens, windows=None), SentText()
             self.texts.add(item.text)
             items.append(item)
         choice = SimpleNamespace(rule=ExitRule(tau, Entropy()))
@@ -892,8 +895,8 @@ def test_an_audit_that_fails_counts_as_a_disagreement_and_a_dropped_one_not_at_a
     one.run_audit(0, error=RuntimeError("broken"))
     one.run_audit(0, is_dropped=True)
     assert sum(each.skipped for each in one.settled) == 0  # nor later texts, which were not drawn
-    (worst,) = [each for each in one.settled if each.scores]
-    assert (worst.scores, worst.failures) == ([[None, None, 0.0, None]], [[[False, False, True, False]]])
+    (worst,) = [each for each in one.settled if each.audited]
+    assert worst.audited == [Audited([None, None, 0.0, None], [[False, False, True, False]])]
     assert worst.served == 1
     assert one.auditor.pending == 0 and one.auditor.audits == one.auditor.disagreements == 1
 
@@ -905,7 +908,7 @@ def test_ood_texts_count_at_their_lower_tau(answering: Answerings, monkeypatch: 
     one.answer(True)
     scored = [replace(reading, score=x) for reading, x in zip(PASSED, (0.2, 0.2, 0.3, None), strict=True)]
     one.run_audit(0, passed=scored)
-    assert one.settled[0].scores == [[0.2, 0.4, 0.6, None]]
+    assert one.settled[0].audited[0].scores == [0.2, 0.4, 0.6, None]
 
 
 def test_a_dropped_audit_discards_the_texts_since_the_audit_before_it_and_no_later_audit(
@@ -919,7 +922,7 @@ def test_a_dropped_audit_discards_the_texts_since_the_audit_before_it_and_no_lat
     one.run_audit(1)
     assert not one.counted and not one.kept  # until the first audit has run
     one.run_audit(0)
-    assert sum(len(each.scores) for each in one.settled) == len(one.kept) == 4
+    assert sum(len(each.audited) for each in one.settled) == len(one.kept) == 4
     one.answer(True)
     one.answer(True, exits=4)
     one.run_audit(0, is_dropped=True)

@@ -1,5 +1,6 @@
 """Flags: one-sided exits, and the guarantee about flagged texts that are missed."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,40 @@ def test_recall_and_false_alarms_by_threshold(store: Path, tmp_path: Path) -> No
     file = write_rows(tmp_path / "rows.jsonl", [(text, NAMES[int(of)]) for text, of in make_rows(60, 80)])
     said = de3(f"evaluate tiny-int8 {file} --store {store} --png {tmp_path}/plot.png --flag negative@0.6")
     assert "samples to find among 60" in said and "the flag" in said
+
+
+def long_texts(count: int, seed: int) -> list[str]:
+    """Texts of up to five windows, with single sentences between them."""
+    rng, texts = random.Random(seed), [text for text, _ in make_rows(256, seed)]
+    return [" ".join(rng.choices(texts, k=rng.choice([1, 8, 16, 30]))) for _ in range(count)]
+
+
+def test_a_text_in_windows_is_evidence_as_a_whole(store: Path) -> None:
+    """Its evidence is what the engine answers at each τ, whether it is gathered by audits or, at τ = 0, by answers."""
+    texts = long_texts(60, 90)
+    reports = dict[str, dict[str, Any]]()
+    for name, choice in (("audits", {"tau": 0.6}), ("answers", {"guarantee_missed": 0.3})):
+        with serving(store, **NEGATIVE, audit_share=1.0, **choice) as server:
+            for half in (texts[:30], texts[30:]):
+                assert server.classify(input=half, long="windows").status_code == 200
+            until(lambda s=server: report_of(s)["audits"] == 60, "the audits")
+            reports[name] = report_of(server)
+            if name == "answers":
+                continue
+            full = rows_of(server, input=texts, long="windows", tau=0)
+            assert max(row.get("windows", {"of": 1})["of"] for row in full) > 3
+            flagged = {i for i, row in enumerate(full) if row["flag"]["flagged"]}
+            assert reports[name]["audits_flagged"] == len(flagged) > 10
+            rates = []
+            for row in reports[name]["taus"][10::25]:
+                found = rows_of(server, input=texts, long="windows", tau=row["tau"])
+                missed = flagged - {i for i, one in enumerate(found) if one["flag"]["flagged"]}
+                assert {i for i, one in enumerate(found) if one["flag"]["flagged"]} <= flagged
+                unlike = sum(one["label"] != other["label"] for one, other in zip(found, full, strict=True))
+                rates.append(len(missed) / len(flagged))
+                assert row["missed_flagged"] == pytest.approx(rates[-1])
+                assert row["disagreement"] == pytest.approx(unlike / 60)
+            assert len(set(rates)) > 2
+    # An answer at full depth stops at the first flagged window, so later ones are not counted on.
+    exact = {row["tau"]: row["missed_flagged"] for row in reports["audits"]["taus"]}
+    assert all(row["missed_flagged"] >= exact[row["tau"]] - 1e-12 for row in reports["answers"]["taus"])

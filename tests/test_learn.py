@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from de3.data.examples import Example
 from de3.exits.criteria import Limits
-from de3.exits.guarantee import error_of
+from de3.exits.guarantee import Audited, error_of
 from de3.exits.kinds import CLASSES
 from de3.exits.recorded import Recorded
 from de3.export import fit, recalibrate
@@ -158,7 +158,7 @@ def pieces_with(*hashes: int) -> Pieces:
 
 def held(key: int | None, number: int = 10, client: str = "one", **fields: Any) -> HeldOut:
     """A held-out text of a fit that could read the texts up to CUT; all exits agree with full depth."""
-    fields = {"scores": [0.0, 0.0, 0.0, None], "failures": [[False] * 4], "cut": CUT} | fields
+    fields = {"audited": Audited([0.0, 0.0, 0.0, None], [[False] * 4]), "cut": CUT} | fields
     return HeldOut(client, key, number, **fields)
 
 
@@ -518,15 +518,15 @@ def test_the_model_answers_as_the_fit_measured(
     for row in [row for row in fitted.evidence if row.key is not None][:50]:
         steps = model.full_depth(model.tokenize(texts[row.key]))
         labels = [int(step.logits.argmax()) for step in steps if step.logits is not None]
-        assert [[label != labels[-1] for label in labels]] == row.failures
+        assert [[label != labels[-1] for label in labels]] == row.audited.failures
         passed = list[Any]()
         for layer, step in enumerate(steps):
             assert step.logits is not None
             distances = None if step.distances is None else step.distances.tolist()
             passed.append(CLASSES.read(layer, step.logits.tolist(), distances))
             score = signal.score(passed)
-            if score is not None and row.scores[layer] is not None:
-                worst.append(abs(score - row.scores[layer]))
+            if score is not None and row.audited.scores[layer] is not None:
+                worst.append(abs(score - row.audited.scores[layer]))
     assert max(worst) < 0.05 and np.mean(worst) < 0.005
     again = as_stored(fitted.exits, model.manifest.precision)
     np.testing.assert_allclose(again.spaces[0][0], fitted.exits.spaces[0][0], rtol=1e-5, atol=1e-9)
@@ -628,8 +628,9 @@ def test_a_published_version_is_tested_on_newer_records_as_at_its_fit(
     at_fit = {row.number: row for row in fitted.evidence}
     for row in found:
         before = at_fit[row.number]
-        assert (row.client, row.key, row.failures) == (before.client, before.key, before.failures)
-        scores = (np.array(one.scores, float) for one in (row, before))
+        found_again, at_first = row.audited, before.audited
+        assert (row.client, row.key, found_again.failures) == (before.client, before.key, at_first.failures)
+        scores = (np.array(one.scores, float) for one in (found_again, at_first))
         np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-6)
     assert learning.test(learned[0], some, 399) == Found()
 
@@ -936,7 +937,7 @@ def test_texts_from_before_a_change_while_a_version_is_loaded_prove_nothing(
     def count(name: str, differs: bool) -> None:
         texts = Settled(name, current.tenant(name).epoch, 1.0, may_rise=True)
         for key in range(400):
-            texts.add(key, [0.0, 0.0, 0.0, None], [[differs] * 3 + [False]], differs)
+            texts.add(key, Audited([0.0, 0.0, 0.0, None], [[differs] * 3 + [False]]), differs)
         current.count([texts])
 
     count("one", False)
@@ -1025,10 +1026,12 @@ class Learning:
             self.job, learner = job, self.learners.of("base")
             saved = self.folder.journal("base", learner.base)  # no attempt may be used twice after a crash
             assert saved.attempts == job.attempt
-            row = held(1, scores=[0.5, None], failures=[[True, False]])
+            row = held(1, audited=Audited([0.5, None], [[True, False]]))
             if job.after is not None:
                 newer = [replace(row, key=key) for key in (None, 7, 8)]
-                return Found(evidence=[*newer, replace(newer[0], failures=[[False, False]])])
+                return Found(
+                    evidence=[*newer, replace(newer[0], audited=Audited([0.5, None], [[False, False]]))]
+                )
             during()
             path = job.store / "base" / str(job.version)
             shutil.copytree(self.base.path, path)
@@ -1077,7 +1080,7 @@ def test_a_fit_is_served_with_its_evidence(learning_of_base: Learning, base: Art
     assert (result.outcome, result.version, result.attempt) == ("served", FIRST, 1)
     change = {"what": "load", "name": "base", "version": FIRST, "role": "current", "share": 0.0}
     assert one.around.changes == [change]
-    rows = [held(1, scores=[0.5, None], failures=[[True, False]])]
+    rows = [held(1, audited=Audited([0.5, None], [[True, False]]))]
     assert one.around.prepared == {f"base:{FIRST}": (rows, "base:1")}
     assert one.learners.fits == {("base", "served"): 1}
     path = one.folder.records_path("base", base_of(base.manifest))

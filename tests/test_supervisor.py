@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from de3.exits.guarantee import Audited
 from de3.model_store.manifest import encoder_hashes, fingerprint
 from de3.model_store.store import Artifact, Store
 from de3.runtime.background import errors
@@ -529,8 +530,8 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected() -> None:
     handlers = {"running": lambda: None, "count": count, "learn": learn, "sync": lambda: None}
     with attached() as (process, ours, _):
         process.run()
-        for epoch, skipped, scores in ((1, 5, [[0.5]]), (1, 7, []), (2, 6, [])):
-            one = Settled("me", epoch, 0.5, skipped, keys=[None for _ in scores], scores=scores)  # type: ignore[arg-type]
+        for epoch, skipped, count in ((1, 5, 1), (1, 7, 0), (2, 6, 0)):
+            one = Settled("me", epoch, 0.5, skipped, [None] * count, [Audited([0.5], [[False]])] * count)
             process.audit_store.count("tiny:1", [one])
         arrays = np.arange(128, dtype=np.uint32), np.ones((2, 4), np.float16), np.array([0.1], np.float32)
         process.audit_store.learn("tiny:1", [Record("me", 0.5, 9, *arrays)])

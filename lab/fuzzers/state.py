@@ -11,6 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from de3.exits.guarantee import Audited
 from de3.runtime.rules import Rules
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.report import Live, report
@@ -55,7 +56,7 @@ def _count(ledger: Ledger, tenants: tuple[str, ...], texts: int) -> None:
             settled = Settled(name, ledger.tenant(name).epoch, (1.0, 0.05)[number % 2], may_rise=True)
             settled.skipped += 3
             differs = [number % 40 == 0] + [False] * (exits - 1)
-            settled.add(number % 97, [0.5] + [None] * (exits - 1), [differs], False)
+            settled.add(number % 97, Audited([0.5] + [None] * (exits - 1), [differs]), False)
             ledger.count([settled])
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.criteria import Limits
-from de3.exits.guarantee import Guarantee, error_of, profiles
+from de3.exits.guarantee import Guarantee, error_of, profiles, profiles_of
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
 from de3.export.records import texts_of
@@ -225,7 +225,7 @@ def fit(source: Source, texts: Sequence[str], attack: Attack, rate: float, seed:
     taus = np.unique(FINE_TAUS)
     guarantee = Guarantee(rate, taus, error_of(FIT))
     costs = [*([0] * manifest.num_states), 1] if manifest.upstream else list(range(manifest.num_layers + 1))
-    found = profiles([row.scores for row in rows], [row.failures[0] or [] for row in rows], costs, taus)
+    _, found = profiles_of([row.audited for row in rows], 0, costs, taus)
     guarantee.count(1.0, found, np.array([row.key is None for row in rows], np.bool_))
     guarantee.advance()
     truth = fitted.exits.recorded(texts_of(source.records(unseen, [0] * len(unseen)), manifest))

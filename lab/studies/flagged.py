@@ -18,7 +18,7 @@ from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.criteria import Limits, criteria_of
 from de3.exits.flags import Flag
-from de3.exits.guarantee import Profiles, profiles
+from de3.exits.guarantee import Audited, Profiles, profiles
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Signal
 from de3.progress import track
@@ -104,7 +104,7 @@ def run(
             key += 1
             scores = [None if np.isnan(one) else float(one) for one in texts.scores[texts.rows[row]]]
             failures = [[False] * exits, texts.fails[row].tolist()]
-            settled.add(key, scores, failures, False, texts.blocked[row].tolist())
+            settled.add(key, Audited(scores, failures, texts.blocked[row].tolist()), False)
         tenant.count(settled, texts.costs, ROOM)
     stream.speedup = texts.costs[-1] / float(np.mean(costs[-len(costs) // 10 :]))
     return stream

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from de3.exits.guarantee import profiles
+from de3.exits.guarantee import Audited, profiles
 from de3.exits.recorded import Recorded
 from de3.model_store.manifest import Manifest
 from de3.progress import track
@@ -64,7 +64,8 @@ def run(
             for row, is_drawn in zip(chosen, rng.random(BATCH) < q, strict=True):
                 key += bool(k or number % 2)  # half of the hostile tenant's requests are copies of one text
                 if is_drawn:
-                    settled.add(key, scores[row].tolist(), [unlike[row].tolist()], bool(differs[row, index]))
+                    audited = Audited(scores[row].tolist(), [unlike[row].tolist()])
+                    settled.add(key, audited, bool(differs[row, index]))
                 else:
                     settled.skipped += 1
             ledger.count([settled])

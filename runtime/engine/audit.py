@@ -15,6 +15,7 @@ from de3.exits.reading import Reading
 from de3.exits.rule import ExitRule
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.segments import Array, Tokens
+from de3.model_store.tokenizer import Windows
 from de3.runtime.background import Backoff, report
 from de3.runtime.engine.queue import MAX_GROUP, WorkQueue
 from de3.runtime.engine.served import MAX_STEP_S, Served
@@ -33,10 +34,12 @@ class Audit:
 
     Attributes:
         rule: reads and scores the exits; its τ is not used.
+        tokens: the text's, or its windows, which run one after the other.
         on_done: called through the engine's `dispatch` once the audit has run, failed or been dropped; never if it is
             pending when the engine stops.
         states: array to fill in, as in ForwardPass; None: not needed.
-        passed: the reading of every exit, once the audit has run.
+        passed: the reading of every exit, once the audit has run; of a text in windows, empty.
+        windows: the same for each of its windows.
         model_s: compute time, seconds.
         error: the error of an audit that failed; None otherwise.
         is_dropped: its model was unloaded before it ran, or the server is stopping.
@@ -46,10 +49,11 @@ class Audit:
 
     served: Served
     rule: ExitRule
-    tokens: Tokens
+    tokens: Tokens | Windows
     on_done: Callable[["Audit"], None]
     states: Array | None = None
     passed: list[Reading] = field(default_factory=list)
+    windows: list[list[Reading]] = field(default_factory=list)
     model_s: float = 0.0
     error: Exception | None = None
     is_dropped: bool = False
@@ -59,7 +63,15 @@ class Audit:
     @property
     def in_group(self) -> bool:
         """True if the kernels can run it in a group."""
-        return self.served.model.encoder.forward is not None and self.rule.signal.code is not None
+        has_kernels = self.served.model.encoder.forward is not None and self.rule.signal.code is not None
+        return has_kernels and isinstance(self.tokens, Tokens)
+
+    @property
+    def parts(self) -> list[Tokens]:
+        """The tokens of the text, or of each window."""
+        if isinstance(self.tokens, Tokens):
+            return [self.tokens]
+        return [self.tokens[number] for number in range(len(self.tokens))]
 
 
 class AuditThreads:
@@ -166,14 +178,17 @@ class AuditThreads:
             while self._pending and len(audits) < MAX_GROUP:
                 name = min(self._pending, key=self._spent.__getitem__)
                 queue = self._pending[name]
-                audit, seconds = queue[0], queue[0].served.timing.full_depth_s(len(queue[0].tokens))
-                left -= audit.served.group_s(len(audit.tokens))
+                audit = queue[0]
+                left -= audit.served.group_s(len(audit.tokens)) if audit.in_group else left
                 if audits and (left < 0 or not audit.in_group or audit.served is not audits[0].served):
                     break
                 audits.append(queue.popleft())
+                seconds = sum(audit.served.timing.full_depth_s(len(one)) for one in audit.parts)
                 self._spent[name] += seconds
                 if not queue:
                     del self._pending[name], self._spent[name]
+                if not audit.in_group:
+                    break
             return audits
 
 
@@ -189,6 +204,21 @@ def run_audits(
     the server is stopping; the audits are then dropped. pause: called before each step instead of that wait; the audits
     then run at normal priority.
     """
+    for tokens in zip(*(audit.parts for audit in audits), strict=True):
+        if not _run(audits, tokens, queue, stops, pause):
+            for audit in audits:
+                audit.is_dropped = True
+            return
+
+
+def _run(
+    audits: Sequence[Audit],
+    tokens: Sequence[Tokens],
+    queue: WorkQueue,
+    stops: Callable[[], bool],
+    pause: Callable[[], None] | None,
+) -> bool:
+    """Run the texts of audits, or one text's next window, and fill in the results; False if the server is stopping."""
     served, in_group = audits[0].served, audits[0].in_group
     model, num_layers = served.model, served.model.manifest.num_layers
     encoder = model.encoder
@@ -198,12 +228,12 @@ def run_audits(
             *(model.exits, replace(a.rule, tau=0.0), num_layers),
             ask_all=True,
             states=a.states,
-            layout=a.tokens.layout,
+            layout=one.layout,
         )
-        for a in audits
+        for a, one in zip(audits, tokens, strict=True)
     ]
-    passes = [ForwardPass(a.tokens, [one]) for a, one in zip(audits, decisions, strict=True)]
-    layer_s = sum(served.timing.layer_s(len(audit.tokens)) for audit in audits) if in_group else STEP_S
+    passes = [ForwardPass(one, [decision]) for one, decision in zip(tokens, decisions, strict=True)]
+    layer_s = sum(served.timing.layer_s(len(one)) for one in tokens) if in_group else STEP_S
     layers = max(1, int(STEP_S / layer_s)) if layer_s > 0 else num_layers
     while decisions[0].reason is None:
         if pause is None:
@@ -211,12 +241,15 @@ def run_audits(
         else:
             pause()
         if stops():
-            for audit in audits:
-                audit.is_dropped = True
-            return
+            return False
         # The time of the embeddings is negligible.
         forward(passes, layers + (passes[0].layer == 0), at_idle=pause is None)
     for audit, one in zip(audits, decisions, strict=True):
-        audit.passed, audit.model_s = one.readings, one.seconds
+        audit.model_s += one.seconds
+        if isinstance(audit.tokens, Tokens):
+            audit.passed = one.readings
+        else:
+            audit.windows.append(one.readings)
         for reading in one.readings:
             reading.finish()  # here and not on the event loop
+    return True

@@ -124,9 +124,9 @@ class Item:
         """Begin the first window of a text that has several."""
         self.progress.windows = windows
         for one in self.team:
-            # Texts in windows are not audited, and it takes only one of them to miss a span or a flagged passage.
-            rule, guarantee = one.job.choice.rule, one.job.choice.guarantee or {}
-            one.is_deep |= "max_missed" in guarantee or (isinstance(rule.kind, Spans) and bool(guarantee))
+            # A token classifier's texts in windows are not audited, and it takes only one of them to miss a span.
+            rule = one.job.choice.rule
+            one.is_deep |= isinstance(rule.kind, Spans) and one.job.choice.guarantee is not None
             one.windows = WindowProgress(windows, rule)
         self.start(windows[0])
 

@@ -20,12 +20,15 @@ from itertools import takewhile
 import numpy as np
 
 from de3.exits.criteria import Criterion, Failures, criteria_of
+from de3.exits.guarantee import Audited
 from de3.exits.kinds import differs
 from de3.exits.reading import Reading, SpansReading
 from de3.exits.rule import ExitRule
+from de3.exits.windows import exits_of
 from de3.model_store.fitted import pieces_of
 from de3.model_store.records import packed
 from de3.model_store.segments import Array, Tokens
+from de3.model_store.tokenizer import Windows
 from de3.runtime.background import run_once
 from de3.runtime.engine.audit import Audit
 from de3.runtime.engine.job import Job
@@ -316,7 +319,8 @@ class Auditor:
             if outcome is None:  # the text failed, and the others of its request were answered
                 tenant.pending -= needs_audit
                 continue
-            reason = "windows" if outcome.windows else outcome.reason
+            windows = item.progress.windows
+            reason = "windows" if windows is not None and not self._covers_windows else outcome.reason
             is_excluded = reason in (*EXCLUDED, UPSTREAM_FAILED)
             if is_excluded:
                 self.excluded[reason] += 1
@@ -325,10 +329,11 @@ class Auditor:
                 continue
             if self._traffic is not None:
                 self._traffic.texts += 1
-            tokens = item.progress.tokens
+            tokens = item.progress.tokens if windows is None else windows
             assert tokens is not None
             key = self._evidence_key(tokens) if is_drawn else None
-            is_pending = is_drawn and len(outcome.passed) < exits
+            passed = [one.passed for one in outcome.windows] or [outcome.passed]
+            is_pending = is_drawn and any(len(one) < exits for one in passed)
             if is_pending or entry is None or entry.is_pending:
                 settled = Settled(name, tenant.epoch, share)
                 entry = self._open(tenant, settled, is_pending, waits and not is_pending)
@@ -338,7 +343,7 @@ class Auditor:
                 self._enqueue(tenant, entry, client, tokens, outcome.reading, job.choice.rule, ask)
             elif is_drawn:
                 tenant.pending -= needs_audit
-                self._conclude(entry.settled, key, outcome.reading, outcome.passed)
+                self._conclude(entry.settled, key, outcome.reading, tokens, passed)
                 if not job.request.is_private:
                     entry.records += self._record(client, share, tokens, item.states, outcome.passed[-1])
             else:
@@ -364,7 +369,7 @@ class Auditor:
         tenant: _Tenant,
         entry: _Entry,
         client: str,
-        tokens: Tokens,
+        tokens: Tokens | Windows,
         answer: Reading,
         rule: ExitRule,
         ask: Callable[[], Awaitable[Reading]] | None,
@@ -420,7 +425,7 @@ class Auditor:
         tenant.pending -= 1
         entry.is_pending = False  # first, so that an error below does not block later entries
         # An answer without a label proves nothing: the failure goes on.
-        tenant.is_failing &= audit.error is None and not audit.passed
+        tenant.is_failing &= audit.error is None and not audit.passed and not audit.windows
         if audit.is_dropped:  # its model was unloaded or reloaded, or its upstream is away
             tenant.discard(entry)
         elif audit.error is not None:
@@ -430,16 +435,16 @@ class Auditor:
             scores, differing = list[float | None]([None] * exits), [False] * exits
             if exits > 1:
                 scores[-2], differing[-2] = 0.0, True
-            blocked = None if self.served.rules.limits.flag is None else [False] * exits
             failures: list[Failures] = [differing] * len(self._criteria)
-            self._count(entry.settled, entry.key, scores, failures, True, blocked)
-        elif not audit.passed:
+            self._count(entry.settled, entry.key, Audited(scores, failures), True)
+        elif not audit.passed and not audit.windows:
             entry.settled.skipped += 1
             entry.is_audit, entry.waits = False, True
         else:
             self.seconds += audit.model_s
-            self._conclude(entry.settled, entry.key, answer, audit.passed)
-            share, last = entry.settled.share, audit.passed[-1]
+            passed = audit.windows or [audit.passed]
+            self._conclude(entry.settled, entry.key, answer, audit.tokens, passed)
+            share, last = entry.settled.share, passed[-1][-1]
             entry.records += self._record(client, share, audit.tokens, audit.states, last)
         self._settle(tenant)
 
@@ -452,26 +457,40 @@ class Auditor:
         settled: Settled,
         key: int | None,
         answer: Reading,
-        passed: list[Reading],
+        tokens: Tokens | Windows,
+        passed: Sequence[list[Reading]],
     ) -> None:
-        """Record the audit of a text that passed every exit and was answered with `answer`."""
-        served_differs = differs(self.served.model.manifest.kind, answer.answer, passed[-1].answer)
-        failures = [one.failures(passed) for one in self._criteria]
-        flag = self.served.rules.limits.flag
-        blocked = None if flag is None else [flag.blocks(one) for one in passed]
-        self._count(settled, key, self._scores(passed), failures, served_differs, blocked)
+        """Record the audit of a text that was answered with `answer`.
+
+        passed: the readings of every exit, by window if the text has several.
+        """
+        manifest, flag, readings = self.served.model.manifest, self.served.rules.limits.flag, passed[0]
+        scores, costs, blocked = self._scores(readings), list[int](), list[bool]()
+        if isinstance(tokens, Windows):
+            every = [self._scores(one) for one in passed]
+            readings, scores, costs = exits_of(
+                manifest.kind, tokens.spans, flag, passed, every, manifest.exit_costs
+            )
+        elif flag is not None:
+            blocked = [flag.blocks(one) for one in readings]
+        failures = [one.failures(readings) for one in self._criteria]
+        served_differs = differs(manifest.kind, answer.answer, readings[-1].answer)
+        self._count(settled, key, Audited(scores, failures, blocked, costs), served_differs)
 
     def _record(
         self,
         client: str,
         share: float,
-        tokens: Tokens,
+        tokens: Tokens | Windows,
         states: Array | None,
         last: Reading,
         is_extra: bool = False,
     ) -> list[Record]:
-        """The record of a text that ran to full depth; none if the server keeps none, or if a value is not finite."""
-        if self._learn is None:
+        """The record of a text that ran to full depth.
+
+        None if the server keeps none, if the text has several windows, or if a value is not finite.
+        """
+        if self._learn is None or isinstance(tokens, Windows):
             return []
         text = client, share, _key(tokens), pieces_of(tokens)
         if self.served.model.manifest.is_spans:
@@ -490,11 +509,21 @@ class Auditor:
         if records and self._learn is not None:
             self._learn(records)
 
-    def _evidence_key(self, tokens: Tokens) -> int | None:
+    @property
+    def _covers_windows(self) -> bool:
+        """True if texts in windows are audited: those of a guard, since one flagged window decides."""
+        has_flag = self.served.rules.limits.flag is not None
+        return has_flag and self._ask is None and not self.served.model.manifest.is_spans
+
+    def _evidence_key(self, tokens: Tokens | Windows) -> int | None:
         """The key of an audited text; see Settled."""
+        if not self._has_guarantee:
+            return None
         fitted = self.served.model.fitted
-        is_near = fitted is not None and self._has_guarantee and fitted.is_near(pieces_of(tokens))
-        return None if is_near or not self._has_guarantee else _key(tokens)
+        parts = [tokens] if isinstance(tokens, Tokens) else [tokens[number] for number in range(len(tokens))]
+        if fitted is not None and any(fitted.is_near(pieces_of(one)) for one in parts):
+            return None
+        return _key(tokens if isinstance(tokens, Tokens) else tokens.whole)
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits, raised from the first exit at which it is out of distribution.
@@ -512,12 +541,10 @@ class Auditor:
         self,
         settled: Settled,
         key: int | None,
-        scores: list[float | None],
-        failures: list[Failures],
+        audited: Audited,
         served_differs: bool,
-        blocked: list[bool] | None,
     ) -> None:
-        settled.add(key, scores, failures, served_differs, blocked)
+        settled.add(key, audited, served_differs)
         self.audits += 1
         self.disagreements += served_differs
 

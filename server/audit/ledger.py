@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.criteria import Disagreement, Limits, MissedFlag, MissedSpan, criteria_of
-from de3.exits.guarantee import Reason, error_of, profiles
+from de3.exits.guarantee import Reason, error_of, profiles_of
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
 from de3.runtime.fit import HeldOut
@@ -199,13 +199,11 @@ class Ledger:
             cost = float(costs[-1])
             if held := by_tenant[name]:
                 tenant = self.tenant(name)
-                keys, scores, failures = zip(*((r.key, r.scores, r.failures) for r in held), strict=True)
-                blocked = [] if self.limits.flag is None else [r.blocked for r in held]
+                audited = [one.audited for one in held]
                 if tenant.guarantees:
-                    tenant.count_held_out(keys, scores, failures, blocked, costs, self._room)
-                differing = [one[0] or [] for one in failures]
-                layers = profiles(scores, differing, costs, self.taus, blocked or None).layers
-                cost = float(layers[:, tenant.index].mean())
+                    tenant.count_held_out([one.key for one in held], audited, costs, self._room)
+                _, of_all = profiles_of(audited, 0, costs, self.taus)
+                cost = float(of_all.layers[:, tenant.index].mean())
             mean += texts / total * cost
         self._start_cost = mean if traffic else None
         self._tell(traffic.keys() & self.tenants.keys())

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.criteria import Criterion, Failures, counted
-from de3.exits.guarantee import Evidence, Guarantee, Profiles, Reason, profiles
+from de3.exits.criteria import Criterion
+from de3.exits.guarantee import Audited, Evidence, Guarantee, Profiles, Reason, profiles_of
 
 MAX_SEEN = 2**18  # hashes of counted texts that a model remembers, over all tenants
 MOST_SEEN = 2**16  # hashes that it remembers for one tenant; when full, the older half is forgotten
@@ -28,10 +28,7 @@ class Settled:
         share: the probability with which each text was drawn.
         skipped: number of texts that were not audited.
         keys: with a guarantee, hash of each audited text; None if it is near to a text that the exits were fitted to.
-        scores: score of each audited text at each exit; None at an exit without one.
-        failures: for each audited text, the exits at which it fails each of the model's criteria (exits.criteria).
-        blocked: for each audited text, the exits at which it does not exit, as its answer is flagged; empty without a
-            flag.
+        audited: the audited texts.
         served: number of audited texts whose answer, as sent, differs from the last exit's.
         may_rise: they end with the last text of a request, so τ may rise.
     """
@@ -41,30 +38,19 @@ class Settled:
     share: float
     skipped: int = 0
     keys: list[int | None] = field(default_factory=list)
-    scores: list[list[float | None]] = field(default_factory=list)
-    failures: list[list[Failures]] = field(default_factory=list)
-    blocked: list[list[bool]] = field(default_factory=list)
+    audited: list[Audited] = field(default_factory=list)
     served: int = 0
     may_rise: bool = False
 
     @property
     def texts(self) -> int:
         """Number of texts, audited or not."""
-        return self.skipped + len(self.scores)
+        return self.skipped + len(self.audited)
 
-    def add(
-        self,
-        key: int | None,
-        scores: list[float | None],
-        failures: list[Failures],
-        served_differs: bool,
-        blocked: list[bool] | None = None,
-    ) -> None:
-        """Add a text that was audited; see the attributes. blocked: None without a flag."""
+    def add(self, key: int | None, audited: Audited, served_differs: bool) -> None:
+        """Add a text that was audited; see the attributes."""
         self.keys.append(key)
-        self.scores.append(scores)
-        self.failures.append(failures)
-        self.blocked += [] if blocked is None else [blocked]
+        self.audited.append(audited)
         self.served += served_differs
 
     def continues(self, other: "Settled") -> bool:
@@ -75,9 +61,7 @@ class Settled:
         """Append later texts, which continue these."""
         self.skipped += later.skipped
         self.keys += later.keys
-        self.scores += later.scores
-        self.failures += later.failures
-        self.blocked += later.blocked
+        self.audited += later.audited
         self.served += later.served
         self.may_rise = later.may_rise
 
@@ -191,7 +175,7 @@ class Tenant:
         layers: layers of the exits. room: number of hashes that this tenant may remember.
         """
         before, tau = self.evidence.audits, float(self.taus[self.index])
-        found = self._profiles(one.scores, one.failures, one.blocked, layers)
+        found = self._profiles(one.audited, layers)
         self.is_changed = True
         self.evidence.skip(one.share, one.skipped)
         for each, (rows, profile) in zip(self.criteria, found, strict=True):
@@ -204,46 +188,30 @@ class Tenant:
             for test in self.guarantees:
                 test.reset("change")
             self.num_changes += 1
-            self._begin_anew(Reset(time.time(), "change", tau, before + len(one.scores)))
+            self._begin_anew(Reset(time.time(), "change", tau, before + len(one.audited)))
             return True
-        self._has_new_audits |= bool(one.scores)
+        self._has_new_audits |= bool(one.audited)
         if one.may_rise and self._has_new_audits:
             self._has_new_audits = False
             self._advance()
         return False
 
     def count_held_out(
-        self,
-        keys: Sequence[int | None],
-        scores: Sequence[Sequence[float | None]],
-        failures: Sequence[Sequence[Failures]],
-        blocked: Sequence[Sequence[bool]],
-        layers: Sequence[int],
-        room: int,
+        self, keys: Sequence[int | None], audited: Sequence[Audited], layers: Sequence[int], room: int
     ) -> None:
         """Count texts that were recorded before the model was served, toward the guarantee only.
 
-        They are not audits of the model's answers, so reports leave them out. keys, scores, failures, blocked: see
-        Settled.
+        They are not audits of the model's answers, so reports leave them out. keys, audited: see Settled.
         """
-        self._test(keys, self._profiles(scores, failures, blocked, layers), room, 1.0)
+        self._test(keys, self._profiles(audited, layers), room, 1.0)
         self._advance()
         self.is_changed = True
 
     def _profiles(
-        self,
-        scores: Sequence[Sequence[float | None]],
-        failures: Sequence[Sequence[Failures]],
-        blocked: Sequence[Sequence[bool]],
-        layers: Sequence[int],
+        self, audited: Sequence[Audited], layers: Sequence[int]
     ) -> list[tuple[NDArray[np.int64], Profiles]]:
         """For each criterion, the indices of the texts that it is about, and their results at each τ."""
-        found = []
-        for k in range(len(self.criteria)):
-            rows, fails = counted([one[k] for one in failures], len(layers))
-            deep = [blocked[i] for i in rows] if blocked else None
-            found.append((rows, profiles([scores[i] for i in rows], fails, layers, self.taus, deep)))
-        return found
+        return [profiles_of(audited, k, layers, self.taus) for k in range(len(self.criteria))]
 
     def _test(
         self,

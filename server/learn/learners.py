@@ -253,7 +253,9 @@ class Learners:
         test = job.model_copy(update={"base": waiting.artifact.path.absolute(), "after": waiting.after})
         found = await run_fit(test)
         newer = [
-            row for row in found.evidence if row.key is not None or any(map(any, filter(None, row.failures)))
+            row
+            for row in found.evidence
+            if row.key is not None or any(map(any, filter(None, row.audited.failures)))
         ]
         waiting.rows, waiting.after = [*waiting.rows, *newer], after
         return await self._serve_if_faster(learner, waiting, first_new)
