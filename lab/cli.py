@@ -286,6 +286,31 @@ def processes(
 
 
 @app.command()
+def guards(
+    store: options.Store,
+    model: options.ModelName,
+    texts: options.Texts,
+    label: Annotated[str, typer.Option(help="The flagged label.")],
+    words: Annotated[int, typer.Option(help="Least number of words of a text; 0: single sentences.")] = 0,
+    limit: Annotated[float, typer.Option(help="The guaranteed rate of missed texts.")] = 0.02,
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each server, in turn.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 4.0,
+    port: options.Port = 8100,
+) -> None:
+    """Compare a guard's exits under --guarantee-missed with its full depth, and with ONNX Runtime: throughput.
+
+    2% of the texts are flagged. The sentences also gather the evidence, so τ is optimistic. Needs wrk.
+
+    Example: python -m lab guards --store models --model sst2 --texts dev.tsv --label negative --words 350
+    """
+    from lab import guards as study
+
+    sentences = list(dict.fromkeys(one.text for one in read(texts, "sentence") if isinstance(one.text, str)))
+    for line in study.measure(store, model, label, limit, sentences, words, rounds, seconds, port):
+        print(line, flush=True)
+
+
+@app.command()
 def heads(
     store: options.Store,
     texts: options.Texts,

@@ -77,7 +77,7 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
         for _ in range(rounds):
             for connections in CONNECTIONS:
                 for side, server in zip(found, started, strict=True):
-                    rate, cpu_us, _ = run_wrk(server, script, connections, seconds)
+                    rate, cpu_us, *_ = run_wrk(server, script, connections, seconds)
                     side.rates.setdefault(connections, []).append(rate)
                     if connections == CONNECTIONS[0]:
                         side.cpu_us.append(cpu_us)
@@ -94,11 +94,12 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
 
 
 class Load(NamedTuple):
-    """Requests/s, the server's CPU time per request in µs, and the median latency in ms."""
+    """Requests/s, the server's CPU time per request in µs, and quantiles of the latency in ms."""
 
     rate: float
     cpu_us: float
     p50_ms: float
+    p99_ms: float
 
 
 def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> Load:
@@ -125,9 +126,10 @@ def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> 
     if " 0 requests in" in output:
         raise ValueError("the server answered no request")
     requests, rate = re.search(r"(\d+) requests in", output), re.search(r"Requests/sec:\s+(\S+)", output)
-    half = re.search(r"50%\s+([\d.]+)(us|ms|s)\b", output)
-    assert requests and rate and half
-    return Load(float(rate[1]), used / int(requests[1]), float(half[1]) * MS[half[2]])
+    quantiles = [re.search(rf"{part}%\s+([\d.]+)(us|ms|s)\b", output) for part in (50, 99)]
+    assert requests and rate
+    times = [float(one[1]) * MS[one[2]] for one in quantiles if one]
+    return Load(float(rate[1]), used / int(requests[1]), *times)
 
 
 def _cpu_us(server: Running) -> float:

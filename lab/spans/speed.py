@@ -97,7 +97,7 @@ def measure(
                         expected = expected or spans
                         side.unlike, side.missed = rates(expected, spans)
                         side.tau = given[0]["exit"]["tau"] if "exit" in given[0] else None
-                    rate, _, p50_ms = run_wrk(server, script, CONNECTIONS, seconds)
+                    rate, _, p50_ms, _ = run_wrk(server, script, CONNECTIONS, seconds)
                 side.rates.append(rate)
                 side.p50_ms.append(p50_ms)
 

@@ -5,10 +5,10 @@
 
 The fastest server without early exit that we know of. `de3 export --full-depth` writes its graph, with the segments'
 fused operators.
-Usage: fused_app.py FOLDER --port PORT [--threads N] [--default-session]
+Usage: fused_app.py FOLDER --port PORT [--threads N] [--default-session] [--windows]
 """
 
-from graph import Graph
+from graph import Graph, Windowed
 from lean import parser, run
 
 if __name__ == "__main__":
@@ -16,5 +16,6 @@ if __name__ == "__main__":
     options.add_argument(
         "--default-session", action="store_true", help="use ONNX Runtime's default optimization level"
     )
+    options.add_argument("--windows", action="store_true", help="run a long text in overlapping windows")
     args = options.parse_args()
-    run(args, Graph(args.folder, args.default_session))
+    run(args, (Windowed if args.windows else Graph)(args.folder, args.default_session))

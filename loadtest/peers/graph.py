@@ -23,3 +23,18 @@ class Graph(GraphClassifier):
 
     def logits(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         return self.session.run(None, inputs)[0][0]
+
+
+class Windowed(Graph):
+    """The same, for long texts: windows that overlap by a quarter, one after the other."""
+
+    def __init__(self, folder: Path, default_session: bool = False) -> None:
+        super().__init__(folder, default_session)
+        self.tokenizer.enable_truncation(self.max_tokens, stride=self.max_tokens // 4)
+
+    def __call__(self, text: str) -> dict[str, object]:
+        first = self.tokenizer.encode_batch([text])[0]
+        logits = np.array([self.logits(self.inputs(one)) for one in (first, *first.overflowing)])
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        probs = (weights / weights.sum(1, keepdims=True)).max(0)
+        return {"label": self.labels[int(probs.argmax())], "probs": probs.tolist()}
