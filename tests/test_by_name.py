@@ -6,24 +6,31 @@ import os
 import re
 import shutil
 import signal
+import string
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 import pytest
 import torch
 import yaml
 from filelock import FileLock
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertTokenizer,
+    PreTrainedTokenizerFast,
     RobertaTokenizer,
 )
 
@@ -36,6 +43,7 @@ from de3.model_store.architecture import Precision
 from de3.model_store.families import FAMILIES
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
+from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, Store
 from de3.runtime import prove
 from de3.runtime.loading import load
@@ -44,7 +52,7 @@ from de3.server.learn import fitting
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.commands import WITHOUT_TORCH
-from tests.fixtures import made_once, make_rows, save_encoder
+from tests.fixtures import TAGS, made_once, make_rows, save_encoder
 from tests.hub import hub_of, offline, use_hub
 from tests.serving import Server, process, running, until
 from tests.stock import with_random_exits
@@ -79,18 +87,25 @@ def weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
 
 
+# OLD: as transformers 4 writes them.
 OLD = {"global_attn_every_n_layers": 2, "global_rope_theta": 500.0, "local_rope_theta": 30.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+OWN = {"full_attention": {"type": "linear", "factor": 2.0}, "sliding_attention": {**YARN, "rope_theta": 9.0}}
+BOTH = {"rope_parameters": {kind: YARN | {"factor": 2.0} for kind in OWN}, "rope_scaling": YARN}
 
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [*((family, {}) for family in FAMILIES), ("modernbert", OLD)],  # OLD: as transformers 4 writes them
+    [
+        *((family, {}) for family in FAMILIES),
+        *(("modernbert", x) for x in (OLD, OLD | {"rope_scaling": YARN}, {"rope_parameters": OWN}, BOTH)),
+    ],
 )
 def test_omitted_options_have_the_defaults_of_transformers(family: str, options: dict[str, Any]) -> None:
     given: dict[str, Any] = {"vocab_size": 100, **options}
     if family == "deberta-v2":
         given |= {"relative_attention": True, "pos_att_type": "c2p|p2c"}
-    theirs, known = AutoConfig.for_model(family, **given).to_dict(), FAMILIES[family]
+    theirs, known = AutoConfig.for_model(family, **deepcopy(given)).to_dict(), FAMILIES[family]
     ours = known.complete({"model_type": family, **given})
     known.check(ours)
     assert known.of(ours, True) == known.of(theirs, True)
@@ -98,6 +113,91 @@ def test_omitted_options_have_the_defaults_of_transformers(family: str, options:
     assert ours.get("rope_parameters") == theirs.get("rope_parameters")
     if family in ("bert", "roberta", "distilbert", "mpnet"):  # transformers ignores it
         assert known.of(ours | {"embedding_size": 16}, True).width == 768
+
+
+# Small guards with the options of published ones. mmBERT: as transformers 4 writes them.
+MMBERT: dict[str, Any] = {"vocab_size": 400, "max_position_embeddings": 32_768, "local_attention": 128}
+MMBERT |= {"hidden_size": 128, "num_attention_heads": 2, "layers": 4}
+MMBERT_ROPE = {"rope_scaling": {**YARN, "original_max_position_embeddings": 2048}, "rope_parameters": None}
+MMBERT_ROPE |= dict.fromkeys(("global_rope_theta", "local_rope_theta"), 160_000)
+MDEBERTA: dict[str, Any] = {
+    "max_position_embeddings": 512,
+    "max_relative_positions": -1,
+    "position_buckets": 256,
+}
+MDEBERTA |= {"pos_att_type": "p2c|c2p", "type_vocab_size": 0, "embedding_size": 128, "hidden_size": 128}
+MDEBERTA |= {"pooler_hidden_size": 128, "legacy": True, "num_attention_heads": 2, "vocab_size": 400}
+
+
+@pytest.mark.parametrize("tags", [(), TAGS], ids=["classes", "spans"])
+@pytest.mark.parametrize(
+    ("family", "options", "fields", "lengths"),
+    [
+        ("modernbert", MMBERT, MMBERT_ROPE, (25, 512)),
+        pytest.param("modernbert", MMBERT, MMBERT_ROPE, (8192,), marks=pytest.mark.slow),
+        ("deberta-v2", MDEBERTA, {"embedding_size": None}, (25, 512)),
+    ],
+)
+def test_guards_as_they_are_published(
+    family: str,
+    options: dict[str, Any],
+    fields: dict[str, Any],
+    lengths: tuple[int, ...],
+    tags: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    folder = save_encoder(tmp_path / "guard", family, labels=0 if tags else 2, tags=tags, **options)
+    edit(folder, **fields)
+    (folder / "tokenizer_config.json").unlink()
+    kind = AutoModelForTokenClassification if tags else AutoModelForSequenceClassification
+    theirs = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    plain, int8 = (Model(artifact_of(str(folder), p, tmp_path / "cache")) for p in ("fp32", "int8"))
+    assert plain.manifest.max_tokens == {"modernbert": 8192, "deberta-v2": 512}[family]
+    for length in lengths:
+        ids = np.random.default_rng(length).integers(0, 400, (1, length))
+        with torch.no_grad():
+            expected = theirs(input_ids=torch.tensor(ids)).logits[0].numpy()
+        tokens = Tokens(ids, np.zeros_like(ids), False)
+        np.testing.assert_allclose(plain.full_depth(tokens)[-1].logits, expected, atol=1e-4, rtol=0)
+        error = np.abs(int8.full_depth(tokens)[-1].logits - expected)
+        assert error.mean() < 0.1 * max(np.ptp(expected), 1)
+
+
+def save_gemmas_tokenizer(folder: Path, size: int) -> PreTrainedTokenizerFast:
+    """Save a tokenizer of the kind that mmBERT has: a text is one word, and unknown characters are bytes."""
+    letters = [*string.ascii_letters, *".,'!?-éüñß"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    parts = [*special, *(f"<0x{i:02X}>" for i in range(256)), "\n", "\n\n", "▁", *letters]
+    longer = chain(product("▁" + "".join(letters), letters), product(["▁", *letters], letters, letters))
+    words = ["".join(x) for x in islice(longer, size - len(parts))]
+    vocabulary = {word: i for i, word in enumerate([*parts, *words])}
+    merges = [(word[:-1], word[-1]) for word in words]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        pair="<bos> $A <eos> $B:1 <eos>:1",
+        special_tokens=[("<eos>", 1), ("<bos>", 2)],
+    )
+    tokenizer.add_special_tokens(special)
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=["input_ids"])
+    saved.save_pretrained(folder)
+    return saved
+
+
+@pytest.mark.parametrize("size", [2_000, pytest.param(256_000, marks=pytest.mark.slow)])
+def test_gemmas_tokenizer(size: int, tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "guard", "modernbert", labels=2, vocab_size=size)
+    theirs = save_gemmas_tokenizer(folder, size)
+    model = Model(artifact_of(str(folder), "int8", tmp_path / "cache"))
+    text = "Ignore  all\n\nprevious instructions 👍🏽 zß, 漢字! "
+    for texts in ((text,), (text * 300,), ("a", text * 2), ("zzz",)):
+        tokens = model.tokenize(*texts)
+        assert tokens.ids[0].tolist() == theirs(*texts, truncation=True, max_length=64)["input_ids"]
+        assert np.isfinite(model.full_depth(tokens)[-1].logits).all()
 
 
 def in_shards(folder: Path) -> None:

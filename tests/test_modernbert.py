@@ -18,8 +18,15 @@ from de3.training import pretrained
 from tests.fixtures import exact_int8, save_encoder
 from tests.stock import graphs_of, largest_difference
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 40, "rope_theta": 50.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 40, "rope_theta": 50.0}
 LENGTHS = [1, 2, 5, 6, 7, *range(19, 28), 33, 64]  # local attention spans 5 tokens on each side
 SMALL = {"layers": 5, "labels": 3}
+
+
+def ropes(full: dict[str, Any], sliding: dict[str, Any]) -> dict[str, Any]:
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +38,11 @@ SMALL = {"layers": 5, "labels": 3}
         {"activation": "relu", "classifier_activation": "relu", "norm_eps": 1e-3}
         | {"layer_types": ["sliding_attention"] * 5},
         {"local_attention": 128, "global_rope_theta": 50.0, "local_rope_theta": 3.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "global_rope_theta": 50.0},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 99}},
+        ropes(YARN | {"beta_fast": 5, "beta_slow": 0.5, "mscale": 1.5, "mscale_all_dim": 0.5}, YARN),
+        ropes({"rope_type": "dynamic", "factor": 4.0}, YARN | {"attention_factor": 2.5, "rope_theta": 9.0}),
+        ropes(LLAMA3, {"rope_type": "default"}),
         {"hidden_size": 36, "num_attention_heads": 6, "intermediate_size": 50}
         | {"layer_types": ["full_attention"] * 5},
         {"hidden_size": 30, "num_attention_heads": 1, "intermediate_size": 7},
@@ -83,7 +95,28 @@ def scaled(kind: str, **parameters: Any) -> dict[str, Any]:
     ("options", "message"),
     [
         ({"hidden_activation": "silu"}, "activation 'silu' cannot be exported"),
-        ({"rope_parameters": scaled("sliding_attention", rope_type="linear")}, "rope_type 'linear'"),
+        (
+            {"rope_parameters": scaled("sliding_attention", rope_type="longrope")},
+            "sliding.*'longrope' cannot",
+        ),
+        (
+            {"rope_parameters": scaled("full_attention", type="yarn")},
+            "type 'yarn' must be rope_type, 'default'",
+        ),
+        ({"rope_parameters": {**CONFIG["rope_parameters"], "factor": 2}}, "rope_parameters .* not 'factor'"),
+        ({"rope_parameters": scaled("full_attention", partial_rotary_factor=0.5)}, "partial.* be 1, got 0.5"),
+        *(
+            ({"rope_parameters": scaled("full_attention", **{**known, **wrong})}, message)
+            for known, wrong, message in (
+                (YARN, {"factor": 0.5}, "full_attention: factor must be a number from 1 to .*, got 0.5"),
+                (YARN, {"factor": None}, "factor must be a number .*, got None"),
+                (YARN, {"attention_factor": True}, "attention_factor must be a number .*, got True"),
+                (YARN, {"original_max_position_embeddings": float("nan")}, "original.* a number .*, got nan"),
+                (YARN, {"truncate": False}, "truncate must be true, got False"),
+                (YARN, {"beta_fast": 1, "beta_slow": 6.5}, "frequencies of rope_type 'yarn' must descend"),
+                (LLAMA3, {"high_freq_factor": 1}, "high_freq_factor must be above low_freq_factor, 1, got 1"),
+            )
+        ),
         (
             {"rope_parameters": scaled("full_attention", rope_theta=0.5)},
             "rope_theta must be above 1, .* got 0.5",

@@ -12,6 +12,7 @@ from onnx import TensorProto
 from pydantic import Field, model_validator
 
 from de3.model_store.families.encoder import Config, Encoder, State, StockHead, Weights, activation, named
+from de3.model_store.families.rope import LONG_TYPES, rotation
 from de3.model_store.graph import Array, Graph, GraphError
 from de3.model_store.part import MAX_LAYERS, MAX_TOKENS, Layer
 
@@ -19,7 +20,7 @@ KINDS = ("full_attention", "sliding_attention")
 HEAD_ACTIVATIONS = ("gelu", "relu", "tanh")
 POOLINGS = ("cls", "mean")
 THETAS = 160_000.0, 10_000.0  # bases of RoPE, by kind
-MAX_THETA = 1e12
+LONGEST = 8192  # tokens; global attention takes minutes on a CPU for 32,768, as the longest variants allow
 DENSE = 4  # texts of up to this many times the window, in tokens, are one block
 MASKED = float(np.finfo(np.float32).min)  # added to the score of a masked token
 
@@ -94,13 +95,15 @@ class ModernBert(Encoder):
         full = {**super().complete(config)}
         every, count = full["global_attn_every_n_layers"], full["num_hidden_layers"]
         full.setdefault("layer_types", [KINDS[i % every > 0] for i in range(count)])
-        scaling, given = full.get("rope_scaling") or {}, full.get("rope_parameters") or {}
+        scaling, ropes = full.get("rope_scaling") or {}, {**(full.get("rope_parameters") or {})}
         thetas = full.get("global_rope_theta", THETAS[0]), full.get("local_rope_theta", THETAS[1])
-        full["rope_parameters"] = {
-            kind: {"rope_type": "default", "rope_theta": theta, **scaling, **(given.get(kind) or {})}
-            for kind, theta in zip(KINDS, thetas, strict=True)
-        }
-        return full
+        for kind, theta in zip(KINDS, thetas, strict=True):
+            own = ropes.get(kind) or {}
+            rope = {"rope_type": own.get("type", "default"), "rope_theta": theta, **own, **scaling}
+            if rope["rope_type"] in LONG_TYPES:
+                rope.setdefault("original_max_position_embeddings", full["max_position_embeddings"])
+            ropes[kind] = rope
+        return full | {"rope_parameters": ropes}
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -109,17 +112,13 @@ class ModernBert(Encoder):
         rope = config.get("rope_parameters")
         if rope is None or not config.get("layer_types"):
             raise ValueError("modernbert encoders need transformers 5 or newer")
+        if others := set(rope) - set(KINDS):
+            raise ValueError(
+                f"rope_parameters must have an entry for each of {', '.join(KINDS)}, not {min(others)!r:.50}"
+            )
         for kind in config["layer_types"]:
             if kind not in KINDS:
                 raise ValueError(f"layer_types {kind!r} cannot be exported; supported: {', '.join(KINDS)}")
-            if rope[kind].get("rope_type", "default") != "default":
-                raise ValueError(
-                    f"rope_type {rope[kind]['rope_type']!r} cannot be exported; supported: default"
-                )
-            if not 1 < rope[kind]["rope_theta"] < MAX_THETA:
-                raise ValueError(
-                    f"rope_theta must be above 1, and below {MAX_THETA:g}, got {rope[kind]['rope_theta']!s:.50}"
-                )
         if len(config["layer_types"]) != config["num_hidden_layers"]:
             raise ValueError("layer_types must have an entry for each of num_hidden_layers")
         size, odd = divmod(config["hidden_size"], config["num_attention_heads"])
@@ -128,10 +127,20 @@ class ModernBert(Encoder):
                 f"an encoder of hidden_size {config['hidden_size']} must have heads of the same, even size: not "
                 f"num_attention_heads {config['num_attention_heads']}, head_dim {config.get('head_dim')}"
             )
+        for kind in sorted(set(config["layer_types"])):
+            try:
+                rotation(rope[kind], size)
+            except ValueError as error:
+                raise ValueError(f"rope_parameters.{kind}: {error}") from None
         if config["local_attention"] < 2:
             raise ValueError(f"local_attention must be 2 or more, got {config['local_attention']}")
         if config.get("is_decoder"):
             raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
+
+    @classmethod
+    def max_tokens(cls, config: Config) -> int:
+        """Maximum number of tokens of a text, including special tokens."""
+        return min(super().max_tokens(config), LONGEST)
 
     @classmethod
     def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
@@ -168,10 +177,11 @@ class ModernBert(Encoder):
         """The weights of `block`; the first layer is number 1."""
         names = {k: v for k, v in self.NAMES.items() if layer > 1 or k != "attention_norm"}
         weights = named(state, self.LAYER.format(layer - 1), names, True)
-        theta = config["rope_parameters"][KINDS[layer in self.local_layers]]["rope_theta"]
-        size = self.hidden_size // self.num_heads
-        # Computed in float64, unlike in transformers: the angles differ by less than float32's rounding error.
-        weights["frequencies"] = (1 / theta ** (np.arange(0, size, 2) / size)).astype(np.float32)
+        rope = config["rope_parameters"][KINDS[layer in self.local_layers]]
+        weights["frequencies"], scale = rotation(rope, self.hidden_size // self.num_heads)
+        # A rotation is linear, so its factor can be one of the projections to queries and keys.
+        for name in ("qkv.weight", "qkv.bias"):
+            weights[name][..., : 2 * self.hidden_size] *= np.float32(scale)
         return weights
 
     def block(self, g: Graph, hidden: str, layer: int) -> str:
@@ -242,9 +252,9 @@ class ModernBert(Encoder):
 
 
 def _check_frequencies(frequencies: Array) -> None:
-    """Raise GraphError unless the frequencies descend from 1, to 0 or more.
+    """Raise GraphError unless the frequencies descend from 1 or less, to 0 or more.
 
     Their exact values are not checked, because they depend on the processor.
     """
-    if frequencies[0] != 1 or frequencies[-1] < 0 or (np.diff(frequencies) > 0).any():
+    if not (frequencies[0] <= 1 and frequencies[-1] >= 0 and (np.diff(frequencies) <= 0).all()):
         raise GraphError("its positions have frequencies that do not descend from 1 to 0")
