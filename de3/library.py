@@ -261,7 +261,7 @@ class _Loaded:
         batch = _Batch(texts)
         both = zip(self._prefixes, self._manifests, strict=True)
         kinds = {prefix: kind_of(one, request.is_private) for prefix, one in both}
-        found = Answers.of(kinds, request.windows > 1, request.ood, request.keeps_errors)
+        found = Answers.of(kinds, request.long == "windows", request.ood, request.keeps_errors)
         for job in self._run(request, batch.parts(size)):
             found.add_job(job)
         answered, refused = iter(batch.order), count(len(set(texts)))

@@ -21,13 +21,15 @@ ARENA_TOKENS = 512
 class Tokens:
     """The encoder's input for one text: ids and type_ids are (1, tokens) int64; truncated: a part was cut off.
 
-    layout: None unless a token classifier needs it.
+    layout: None unless a token classifier needs it. end: the number of characters of a truncated text that are in the
+    tokens; None for a pair.
     """
 
     ids: NDArray[np.int64]
     type_ids: NDArray[np.int64]
     truncated: bool
     layout: Layout | None = None
+    end: int | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[1])

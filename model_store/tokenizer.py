@@ -118,6 +118,11 @@ class Windows:
         return int(self.offsets[span.start, 0]), int(self.offsets[span.end - 1, 1])
 
     @property
+    def end(self) -> int | None:
+        """See Tokens."""
+        return self.chars(-1)[1] if self.truncated and len(self.parts) == 1 else None
+
+    @property
     def whole(self) -> Tokens:
         """The tokens of all windows, without a layout."""
         return _tokens(*self.frame.around([part.tolist() for part in self.parts]), self.truncated)
@@ -243,20 +248,29 @@ class TextTokenizer:
         encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
         return list(encode(batch, add_special_tokens=special))
 
-    def short(self, encoding: Encoding, pair: bool, truncate: bool, text: str | None = None) -> Tokens:
-        """Tokens of a short text from its encoding. pair: true for a pair. text: the text, if a layout is needed.
+    def short(self, encoding: Encoding, texts: Pair, truncate: bool, layout: bool = False) -> Tokens:
+        """Tokens of a short text or pair from its encoding. layout: true if a layout is needed.
 
         Raises ValueError if there are no tokens, or if there are too many and `truncate` is false.
         """
+        text, pair = texts
         if len(encoding) <= self.max_tokens:
             tokens = _tokens(encoding.ids, encoding.type_ids, False)
         elif not truncate:
             raise self._too_long(f"{len(encoding)}", self.max_tokens)
         else:
-            tokens = self._cut(_parts(encoding, pair))
-        if text is None:
+            tokens = self._cut(_parts(encoding, pair is not None))
+            if pair is None:  # few texts are truncated, and offsets take time
+                whole = encoding if layout else self.encode([texts], offsets=True)[0]
+                tokens = self._with_end(tokens, _offsets(whole, False)[0])
+        if not layout:
             return tokens
         return self._with_layout(tokens, text, encoding.offsets[len(self.frames[False].before) :])
+
+    def _with_end(self, tokens: Tokens, offsets: Offsets) -> Tokens:
+        """The tokens of a truncated text, with the end of the last. offsets: of the text's tokens."""
+        kept = len(tokens) - self.frames[False].size
+        return replace(tokens, end=offsets[kept - 1][1] if kept else 0)
 
     def start(
         self, text: str, text_pair: str | None, truncate: bool, windows: int = 1, layouts: bool = False
@@ -364,7 +378,7 @@ class Tokenization:
         self._texts = [t[: self._max_chars] for t in texts]
         self._ends = [0] * len(texts)  # characters tokenized so far
         self._parts: list[list[int]] = [[] for _ in texts]
-        self._offsets: list[Offsets] = [[] for _ in texts]  # with several windows or layouts
+        self._offsets: list[Offsets] = [[] for _ in texts]  # with several windows, or of a single text
         self._room = tokenizer.max_tokens - tokenizer.frames[len(texts) == 2].size
         self._most = capacity(self._room, windows)  # tokens needed of each text
 
@@ -387,12 +401,15 @@ class Tokenization:
                 return tokenizer._split(
                     *(parts, offsets, self._windows, self._has_too_many_chars, self._truncate, self._text)
                 )
-            tokens = tokenizer.short(encoding, bool(rest), self._truncate, self._text)
-            return replace(tokens, truncated=True) if self._has_too_many_chars else tokens
+            tokens = tokenizer.short(encoding, (text, pair), self._truncate, self._layouts)
+            if self._has_too_many_chars and not tokens.truncated:
+                tokens = replace(tokens, truncated=True, end=None if rest else len(text))
+            return tokens
         for n, text in enumerate(self._texts):
             if self._ends[n] < len(text) and len(self._parts[n]) <= self._most:
                 end = _piece_end(text, self._ends[n])
-                has_offsets, piece_text = self._windows > 1 or self._layouts, text[self._ends[n] : end]
+                has_offsets = self._windows > 1 or len(self._texts) == 1
+                piece_text = text[self._ends[n] : end]
                 piece = tokenizer.encode([(piece_text, None)], special=False, offsets=has_offsets)[0]
                 self._parts[n] += piece.ids
                 if has_offsets:
@@ -413,6 +430,8 @@ class Tokenization:
                 *(self._parts, self._offsets, self._windows, is_cut, self._truncate, self._text)
             )
         tokens = tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
+        if tokens.truncated and len(self._texts) == 1:
+            tokens = tokenizer._with_end(tokens, self._offsets[0])
         if self._text is None:
             return tokens
         return tokenizer._with_layout(tokens, self._text, self._offsets[0])

@@ -138,6 +138,11 @@ class ClassifiedText(Answer):
         Annotated[list[TopLabel], Field(description="with top_k: the most probable labels, in order")]
     ]
     truncated: NotRequired[Annotated[bool, Field(description="the text was truncated")]]
+    truncated_at: NotRequired[
+        Annotated[
+            int | None, Field(description="the number of a text's characters that were read; null for a pair")
+        ]
+    ]
     windows: NotRequired[
         Annotated[Windows, Field(description="with long: windows, if the text has several windows")]
     ]
@@ -248,7 +253,7 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
         best = ranked(of, labels, request.top_k, request.raw or exact)
         row["top"] = [{"label": label, "prob": prob} for prob, label in best]
     if outcome.truncated:
-        row["truncated"] = True
+        row["truncated"], row["truncated_at"] = True, outcome.end
     if outcome.windows:
         layers = [window.layer for window in outcome.windows]
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}

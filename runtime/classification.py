@@ -9,14 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from de3.exits.spans import Aggregation
-from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS, Share
 from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_fields, checked_text, one_or_more
 from de3.runtime.flags import Wanted
-from de3.runtime.options import NO_OPTIONS, ExitOptions, OptionFields
+from de3.runtime.options import NO_OPTIONS, ExitOptions, Long, OptionFields, long_of
 
 MAX_TEMPLATE = 100  # characters that replace a span
 MAX_MODELS = 16  # models that answer on one pass, as in native/layers.h
@@ -34,6 +33,7 @@ class Classification(Request):
     """
 
     takes_spans: ClassVar[bool] = True
+    says_unread: ClassVar[bool] = True
 
     id: str | None = None
     raw: bool = False
@@ -162,11 +162,14 @@ class ClassifyRequest(OptionFields):
         "alone; a name, or an object with a name and exit options, which replace the request's",
     )
     input: Texts = Field(description="a text, a pair, or a list of them")
-    truncate: bool = Field(True, description="false: the same as long: error")
-    long: Literal["truncate", "windows", "error"] | None = Field(
+    truncate: bool | None = Field(
+        None, description="true: the same as long: truncate; false: the same as long: error"
+    )
+    long: Long | None = Field(
         None,
-        description="how to handle texts longer than the model's limit: truncate (the default), windows (run "
-        "overlapping windows until their combined answer is settled), or error",
+        description="how to handle texts longer than the model's limit: truncate, windows (run overlapping windows "
+        "until their combined answer is settled), or error. Default: --long or, without it, windows for a token "
+        "classifier or a model with a flag, else truncate",
     )
     flag: str | None = Field(
         None,
@@ -210,9 +213,7 @@ class ClassifyRequest(OptionFields):
     request_id: str | None = Field(None, max_length=128, description="id of the response")
     use_activation: bool | None = Field(None, description="false: the same as raw: true")
     activation: bool | None = Field(None, description="the former name of use_activation")
-    truncate_prompt_tokens: Literal[-1] | None = Field(
-        None, description="accepted; texts are truncated to the model's limit"
-    )
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="the same as long: truncate")
     truncation_side: Literal["right"] | None = Field(
         None, description="accepted; texts are truncated at their end"
     )
@@ -228,11 +229,7 @@ class ClassifyRequest(OptionFields):
 
     @model_validator(mode="after")
     def _check_more(self) -> "ClassifyRequest":
-        if (
-            self.long is not None
-            and "truncate" in self.model_fields_set
-            and self.truncate == (self.long == "error")
-        ):
+        if self.long is not None and self.truncate is not None and self.truncate == (self.long == "error"):
             raise ValueError(
                 f"long: {self.long} contradicts truncate: {str(self.truncate).lower()}; give one of them "
                 "(truncate: false is the same as long: error)"
@@ -242,7 +239,7 @@ class ClassifyRequest(OptionFields):
         if self.models is not None and self.model is not None:
             raise ValueError("models: cannot be combined with model; name all models in models")
         if self.redact is not False:
-            if "truncate" in self.model_fields_set and self.truncate:
+            if self.truncate:
                 raise ValueError(
                     "redact: contradicts truncate: true, which would leave a part of the text unread"
                 )
@@ -292,14 +289,12 @@ def request_of(fields: ClassifyRequest) -> Classification:
         fields.input,
         fields.options,
         fields.model,
-        fields.truncate and fields.long != "error",
+        fields.long or long_of(fields.truncate_prompt_tokens if fields.truncate is None else fields.truncate),
         fields.explain,
         fields.ood,
-        MAX_WINDOWS if fields.long == "windows" else 1,
-        None if fields.flag is None else Wanted([fields.flag], fields.flag_threshold),
+        flag=None if fields.flag is None else Wanted([fields.flag], fields.flag_threshold),
         models=fields.options_of_models,
         spans=fields.spans,
-        is_one_window=fields.long in ("truncate", "error") or "truncate" in fields.model_fields_set,
         id=fields.request_id,
         raw=fields.raw or fields.use_activation is False or fields.activation is False,
         top_k=fields.top_k or 0,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -16,6 +16,15 @@ EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement", "
 CALIBRATED = ("target_speedup", "max_disagreement", "max_missed")  # options that choose τ by the calibration
 # Options that have an effect only with early exits.
 NEED_AN_EXIT = (*EXCLUSIVE, "signal", "max_layer", "lam")
+
+
+# How a text beyond the model's limit is read: up to the limit, in windows, or not at all.
+Long = Literal["truncate", "windows", "error"]
+
+
+def long_of(truncate: object) -> Long | None:
+    """How long texts are read, by a protocol's option to truncate them; None if it is not given."""
+    return None if truncate is None else "truncate" if truncate else "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from de3.exits.bound import CONFIDENCE
 from de3.exits.criteria import Limits
@@ -21,6 +21,7 @@ from de3.runtime.settings import GUARANTEES, RuntimeSettings
 
 MAX_NAMED = 20  # signals or labels in a message
 EXPLICIT = ("tau", "target_speedup", "max_disagreement")  # options that choose τ for any flag
+T = TypeVar("T")
 MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
 
 
@@ -118,10 +119,14 @@ class Choice:
 
 def _flag_of(manifest: Manifest, settings: RuntimeSettings) -> Wanted | None:
     """The flag of a model: in the settings or, without one, of its calibration; None if it has none."""
-    flags = dict(parsed(one) for one in settings.flags)
+    return _of_model(dict(parsed(one) for one in settings.flags), manifest) or certified_flag(manifest)
+
+
+def _of_model(settings: Mapping[str, T], manifest: Manifest) -> T | None:
+    """A model's setting by one of its names or, without one, that of all models."""
     source = manifest.source or ""
-    names = manifest.name, manifest.full_name, source, source.partition("@")[0]
-    return next((flags[name] for name in names if name in flags), flags.get("", certified_flag(manifest)))
+    names = manifest.name, manifest.full_name, source, source.partition("@")[0], ""
+    return next((settings[name] for name in names if name in settings), None)
 
 
 def _limits_of(wanted: Wanted | None, manifest: Manifest, settings: RuntimeSettings) -> Limits:
@@ -161,6 +166,7 @@ class Rules:
         self._kind = manifest.kind
         self.flag = _flag_of(manifest, settings)
         self.limits = _limits_of(self.flag, manifest, settings)
+        self.long = _of_model(dict(settings.long), manifest)
         self.observes = settings.observe
         self.name = manifest.full_name
         table = manifest.calibration.table if manifest.calibration else []

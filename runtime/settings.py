@@ -2,14 +2,14 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from typer import Option
 
 from de3.runtime.cores import available_cores
 from de3.runtime.flags import parsed
-from de3.runtime.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions
+from de3.runtime.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions, Long
 from de3.runtime.upstream_settings import UpstreamModel
 
 limit_option = partial(Option, rich_help_panel="Limits")
@@ -24,6 +24,16 @@ def _flag(text: str) -> str:
     """The text, if it is a flag; otherwise raises ValueError."""
     parsed(text)
     return text
+
+
+def _long(setting: str) -> str:
+    """The setting, if it says how long texts are read; otherwise raises ValueError."""
+    name, given, how = setting.rpartition("=")
+    if how not in get_args(Long) or (given and not name):
+        raise ValueError(
+            f"long: {setting[:100]!r}: give NAME=HOW, or HOW for all models: {', '.join(get_args(Long))}"
+        )
+    return setting
 
 
 class RuntimeSettings(BaseModel):
@@ -62,6 +72,15 @@ class RuntimeSettings(BaseModel):
             help="What a model is to find, as NAME=LABEL,LABEL@PROBABILITY (default: 0.5, or the labels' thresholds); "
             "NAME=>=NUMBER for a regression model; NAME=* for the spans of a token classifier. Without NAME=: for all "
             "models. Texts exit early only with an answer that is not flagged. Repeat for more models.",
+        ),
+    ] = []
+    long_texts: Annotated[
+        list[Annotated[str, AfterValidator(_long)]],
+        Option(
+            "--long",
+            help="How texts beyond a model's limit are read, if a request does not say: NAME=truncate, NAME=windows or "
+            "NAME=error; without NAME=, for all models. Default: windows for models with a flag and token classifiers, "
+            "else as each protocol does. Repeat for more models.",
         ),
     ] = []
     tau: Annotated[
@@ -178,6 +197,8 @@ class RuntimeSettings(BaseModel):
         names = [parsed(one)[0] for one in self.flags]
         if len({*names}) < len(names):
             raise ValueError("flag: a model has two flags; give one, with several labels if need be")
+        if len({name for name, _ in self.long}) < len(self.long):
+            raise ValueError("long: a model has two settings; give one")
         if self.observe and given is None:
             raise ValueError("observe: needs guarantee or guarantee_missed, whose exits are observed")
         for of in self.upstreams:
@@ -187,6 +208,11 @@ class RuntimeSettings(BaseModel):
                     "serve it with --allow-plain-http"
                 )
         return self
+
+    @property
+    def long(self) -> list[tuple[str, Long]]:
+        """Models by name, or the empty name for all, and how long texts are read."""
+        return [(name, cast(Long, how)) for name, _, how in (one.rpartition("=") for one in self.long_texts)]
 
     @property
     def has_guarantee(self) -> bool:

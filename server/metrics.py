@@ -252,6 +252,9 @@ class Metrics:
             "Connections closed at a limit: connection_limit, or unread (the client does not read its responses)",
             ["reason"],
         )
+        self.cut = counter(
+            "de3_truncated_texts", "Texts of which a part was not read, by path", ["model", "route"]
+        )
         self.degraded = counter("de3_degraded_texts", "Texts answered with a τ raised under load", ["model"])
         self.calibrated = counter(
             "de3_calibrated_texts", "Texts answered with a τ from the calibration table", ["model"]
@@ -275,7 +278,13 @@ class Metrics:
         )
         # Metrics with only the label `model` start at 0 with the model: rate() needs a 0 before the first event.
         self._start_at_0 = (self.request_latency, self.degraded, self.calibrated, self.expected_correct)
-        self._by_model = (*self._start_at_0, self.requests, self.shadow_texts, self.shadow_disagreements)
+        self._by_model = (
+            *self._start_at_0,
+            self.requests,
+            self.cut,
+            self.shadow_texts,
+            self.shadow_disagreements,
+        )
         self._gone: list[str] = []
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # cache of _child
         self._served: dict[str, Served] = {}
@@ -373,6 +382,12 @@ class Metrics:
             )
             self._child(self.calibrated, model).inc(texts)
             self._child(self.expected_correct, model).inc(texts * choice.expected.accuracy)
+
+    def truncated(self, job: Job, route: str) -> None:
+        """Count an answered request's texts of which a part was not read. route: template of its path."""
+        for one in job.team:
+            if count := sum(outcome.truncated for outcome in one.outcomes()):
+                self.cut.labels(one.model.full_name, route).inc(count)
 
     def responded(self, models: Sequence[str], status: int, cause: Cause | None, latency_s: float) -> None:
         """Count a request by its response, for each model. The latency is recorded only for answers and timeouts.

@@ -297,9 +297,10 @@ def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -
         if alias in served:
             raise StoreError(f"--alias {alias}={target}: {alias} is the name of a served model")
         name_of(target, f"--alias {alias}={target}")
-    for flagged, _ in map(parsed, settings.flags):
-        if flagged:  # otherwise the flag is that of all models
-            name_of(flagged, f"--flag {flagged}=…")
+    for option, of in (("flag", map(parsed, settings.flags)), ("long", settings.long)):
+        for known, _ in of:
+            if known:  # otherwise it is that of all models
+                name_of(known, f"--{option} {known}=…")
     name = settings.default_model
     if name is None:  # the only model at startup remains the default when others are loaded
         return served[0] if are_named or len(served) == 1 else None

@@ -24,6 +24,7 @@ SECRETS = ("api_keys", "admin_keys")  # settings without a flag, as other users 
 # The order of the options in the help, the most used ones first.
 ORDER = (
     *("models", "store", "host", "port", "guarantee", "guarantee_missed", "observe", "flags"),
+    "long_texts",
     *("learn", "tau", "max_disagreement", "max_missed", "api_keys_file"),
     *("state_dir", "default_model", "aliases", "runtime", "threads", "processes", "target_speedup"),
     *("latency_budget_ms", "ood_policy", "slo_p99_ms", "min_accuracy", "audit_share", "without_upstream"),

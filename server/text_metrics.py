@@ -57,7 +57,7 @@ class _Texts:
     def __init__(self, layers: Sequence[float], has_upstream: bool, span_labels: Sequence[str]) -> None:
         reasons = [one for one in get_args(ExitReason) if has_upstream or not one.startswith("upstream")]
         self.exits = {reason: _Histogram(layers) for reason in reasons}
-        self.run = self.saved = self.tokens = self.truncated = self.far = self.flagged = 0
+        self.run = self.saved = self.tokens = self.far = self.flagged = 0
         self.full_depth_s = 0.0
         self.spans = dict.fromkeys([*span_labels[:MAX_SPAN_LABELS], OTHER] if span_labels else [], 0)
         self.entropy, self.ratio = _Histogram(SIGNAL_BUCKETS), _Histogram(SIGNAL_BUCKETS)
@@ -71,7 +71,6 @@ class _Texts:
             self.saved += depth - part.layer
             self.full_depth_s += part.model_s * speedup(part.tokens, part.layer)
         self.tokens += outcome.tokens
-        self.truncated += outcome.truncated
         self.far += outcome.is_far
         self.flagged += outcome.rule.flag is not None and outcome.rule.flag.is_raised(outcome.reading)
         reading = outcome.reading
@@ -144,9 +143,6 @@ class TextMetrics(Collector):
             labels=["model"],
         )
         tokens = CounterMetricFamily("de3_tokens", "Tokens of finished texts", labels=["model"])
-        truncated = CounterMetricFamily(
-            "de3_truncated_texts", "Texts truncated to the model's limit", labels=["model"]
-        )
         entropy = HistogramMetricFamily(
             "de3_exit_entropy", "Entropy at the exit of each text", labels=["model"]
         )
@@ -182,7 +178,6 @@ class TextMetrics(Collector):
                 saved.add_metric([name], texts.saved)
                 full_depth.add_metric([name], texts.full_depth_s)
                 tokens.add_metric([name], texts.tokens)
-                truncated.add_metric([name], texts.truncated)
                 entropy.add_metric([name], *texts.entropy.rows())
                 ratio.add_metric([name], *texts.ratio.rows())
                 for stage in STAGES:
@@ -197,7 +192,6 @@ class TextMetrics(Collector):
             saved,
             full_depth,
             tokens,
-            truncated,
             entropy,
             ratio,
             stages,

@@ -25,6 +25,10 @@ KEY = "alice-has-a-long-key"
 MOST = 8  # texts of a request
 LONG = "good film " * 100
 ABSENT = "no texts"
+GUARDS: dict[str, dict[str, Any]] = {
+    "guard": {"flags": ["blame"], "tau": 0},
+    "guard that truncates": {"flags": ["blame"], "tau": 0, "long_texts": ["tiny-int8=truncate"]},
+}
 every_protocol = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_kind = pytest.mark.parametrize("kind", ALL)
 
@@ -36,6 +40,8 @@ def kinds(store: Path) -> Path:
     def make(folder: Path) -> None:
         made = Store(folder)
         shutil.copytree(store / "tiny-int8", folder / "tiny-int8")
+        manifest = folder / "tiny-int8/1/manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"labels": ["safe", "blame"]}))
         for name, labels, problem in (
             ("labels", 3, "multi_label_classification"),
             ("value", 1, "regression"),
@@ -54,14 +60,18 @@ Ask = Callable[..., httpx.Response]
 
 @pytest.fixture(scope="module")
 def ask(kinds: Path) -> Iterator[Ask]:
-    """Sends a body to a protocol of the server for a kind of answer, which has one model and starts when needed."""
+    """Sends a body to a protocol of the server for a kind of answer, which has one model and starts when needed.
+
+    Or to that of a guard, which flags blame.
+    """
     running = dict[str, Server]()
     with ExitStack() as stack:
 
         def send(case: Case, kind: str, body: Any) -> httpx.Response:
-            name = "tiny-int8" if kind == "classes" else kind
+            options = GUARDS.get(kind, {})
+            name = "tiny-int8" if kind == "classes" or options else kind
             if kind not in running:
-                one = serving(kinds, models=[name], default_model=name, max_texts=MOST)
+                one = serving(kinds, models=[name], default_model=name, max_texts=MOST, **options)
                 running[kind] = stack.enter_context(one)
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             return httpx.post(running[kind].url + case.path.format(model=name), content=content)
@@ -174,6 +184,21 @@ def test_a_text_with_too_many_tokens_is_truncated_read_in_windows_or_refused(
     if case.takes == "windows":
         answer = ask(case, kind, case.body(["good", LONG * 30]))
         assert f"{case.one.format(1)}: has more than" in refused(case, answer)
+
+
+@every_protocol
+def test_a_guard_finds_what_is_behind_the_models_limit(ask: Ask, case: Case) -> None:
+    """Unless it is told to truncate: then the response says so."""
+    texts = [LONG + "a good film", LONG + "a dull and boring mess , bad and awful " * 4]
+    for guard, finds in (("guard", True), ("guard that truncates", False)):
+        safe, attack = (ask(case, guard, case.body([text])) for text in texts)
+        assert safe.status_code == attack.status_code == 200, attack.text
+        said = [one.json() if case.answers is None else case.answers(one.json()) for one in (safe, attack)]
+        assert (said[0] != said[1]) == finds
+        assert attack.headers.get("de3-truncated") == (None if finds else "0")
+    if case.path == "/classify":
+        (row,) = said[1]
+        assert row["truncated"] and LONG[: row["truncated_at"]] == ("good film " * 31)[:-1]
 
 
 @every_protocol

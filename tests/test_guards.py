@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from de3.exits.kinds import CLASSES, Labels
 from de3.exits.reading import ClassReading
 from de3.exits.windows import Span, combination
 from de3.model_store.store import Store
+from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted
@@ -66,10 +68,11 @@ def test_errors_name_the_field(server: Server, path: str, params: Any, status: i
 
 def test_detectors_of_fms(server: Server) -> None:
     def found(text: str, **params: Any) -> list[dict[str, Any]]:
+        params = {"safe_labels": ["negative"]} | params
         (rows,) = post(server, CONTENTS, {"contents": [text], "detector_params": params}).json()
         return list(rows)
 
-    score = probs(server, BAD)["positive"]  # the first label counts as safe
+    score = probs(server, BAD)["positive"]
     (row,) = found(BAD)
     labels = dict.fromkeys(("detection", "detection_type"), "positive")
     assert row == labels | {"start": 0, "end": len(BAD), "text": BAD, "score": score}
@@ -96,7 +99,8 @@ def test_the_header_detector_id_picks_the_model(store: Path) -> None:
         assert shown == {"tiny": (["guard"], False), "tiny-int8": ([], False)}
 
         def detected(header: str, **params: Any) -> httpx.Response:
-            body = {"contents": [BAD], "detector_params": {"tau": 0, **params}}
+            params = {"tau": 0, "safe_labels": ["negative"]} | params
+            body = {"contents": [BAD], "detector_params": params}
             return httpx.post(server.url + CONTENTS, json=body, headers={"detector-id": header})
 
         for asked, model in (("guard", "tiny"), ("tiny-int8:1", "tiny-int8")):
@@ -117,6 +121,7 @@ def test_the_header_detector_id_picks_the_model(store: Path) -> None:
         ("not_allowed allowed", None),
         ("safe benign", None),
         ("notable harmful", None),
+        ("negative positive", None),
     ],
 )
 def test_a_safe_label_is_recognized_by_its_name(labels: str, safe: str | None) -> None:
@@ -143,12 +148,14 @@ def test_labels_that_are_not_safe_count_together_and_unread_windows_are_an_error
     reading = ClassReading(1, [0.0] * 3, [0.02, 0.49, 0.49], 1, *NO_SIGNALS)
     request = ContentsRequest([Text("a")], safe=frozenset(["BENIGN"]))
     one: Any = SimpleNamespace(reading=reading, reason="last_layer", windows=(), num_windows=1)
+    one.check_all_ran = partial(Outcome.check_all_ran, one)
     assert request.found(one, labels) == [("INJECTION", pytest.approx(0.98))]
     request = replace(request, threshold=0.4)
     assert request.found(one, labels) == [("INJECTION", 0.49), ("JAILBREAK", 0.49)]
     request = replace(request, threshold=0.99)
     assert request.found(one, labels) == []
     unread: Any = SimpleNamespace(reading=reading, reason="deadline", windows=[None] * 2, num_windows=3)
+    unread.check_all_ran = partial(Outcome.check_all_ran, unread)
     with pytest.raises(RequestError, match=r"latency_budget_ms: only 2 of a text's 3 windows"):
         request.found(unread, labels)
     request = replace(request, threshold=0.4)  # found before the deadline
@@ -162,7 +169,7 @@ def test_labels_that_are_not_safe_count_together_and_unread_windows_are_an_error
 def test_litellms_guardrail_blocks(server: Server) -> None:
     def guarded(texts: Any, **params: Any) -> Any:
         more = {"input_type": "request", "request_data": {}, "images": ["aGk="], "litellm_version": "9"}
-        answer = post(server, GUARDRAIL, {"texts": texts, PARAMETERS: params} | more)
+        answer = post(server, GUARDRAIL, {"texts": texts, PARAMETERS: {"label": "positive"} | params} | more)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -182,16 +189,17 @@ def test_litellms_guardrail_blocks(server: Server) -> None:
 
 def test_a_response_of_detectors_has_a_limit(store: Path) -> None:
     manifest, half = Store(store).open("tiny").manifest, "a" * (MAX_CHARS // 2)
-    ContentsRequest([Text(half)]).for_model(manifest)
+    safe = frozenset(["negative"])
+    ContentsRequest([Text(half)], safe=safe).for_model(manifest)
     with pytest.raises(RequestError, match="give a higher threshold or shorter texts"):
-        ContentsRequest([Text(half), Text("a")]).for_model(
+        ContentsRequest([Text(half), Text("a")], safe=safe).for_model(
             manifest
         )  # both labels can have a probability of 0.5
-    ContentsRequest([Text(half)] * 2, threshold=0.51).for_model(manifest)
+    ContentsRequest([Text(half)] * 2, threshold=0.51, safe=safe).for_model(manifest)
 
 
 def test_moderation_by_two_classes_under_openais_name(server: Server) -> None:
-    body = {"input": [GOOD, BAD], "model": "omni-moderation-latest"}
+    body = {"input": [GOOD, BAD], "model": "omni-moderation-latest", "safe_labels": ["negative"]}
     answer = post(server, "/v1/moderations", body).json()
     assert answer["model"] == "tiny-int8:1"
     for text, result, flagged in zip([GOOD, BAD], answer["results"], [False, True], strict=True):

@@ -159,7 +159,12 @@ def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: i
     most = max_chars(limit, MAX_WINDOWS)
     encoding = tokenizer.encode(text[:most])
     whole = tokenizer.encode(text[:most], add_special_tokens=False).ids
-    in_one_go = TextTokenizer(tokenizer, len(encoding) + 8).short(encoding, False, True, text[:most])
+    in_one_go = TextTokenizer(tokenizer, len(encoding) + 8).short(encoding, (text[:most], None), True, True)
+    cut = ours.start(text, None, True).all()  # without windows
+    if cut.truncated:
+        start = len(ours.frames[False].before)
+        inside = tokenizer.encode(text[: max_chars(limit, 1)]).offsets[start : start + room]
+        assert cut.end == (inside[-1][1] if len(whole) > room else max_chars(limit, 1))
     if isinstance(found, Tokens):
         assert len(whole) <= room and found.truncated == (len(text) > most)
         assert found.ids.tolist() == in_one_go.ids.tolist()
@@ -170,6 +175,7 @@ def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: i
     assert list(found.spans) == spans(min(len(whole), capacity(room, MAX_WINDOWS)), room)
     assert found.truncated == (len(whole) > capacity(room, MAX_WINDOWS) or len(text) > most)
     rows = layout_of(in_one_go)
+    assert found.end == (rows[found.spans[-1].end - 1][0][1] if found.truncated else None)
     for n, span in enumerate(found.spans):
         ids, types = ours.frames[False].around([whole[span.start : span.end]])
         assert found[n].ids[0].tolist() == ids and found[n].type_ids[0].tolist() == types

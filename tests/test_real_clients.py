@@ -88,7 +88,7 @@ def output_of(code: str, site: Path, server: Server, texts: Sequence[str]) -> An
 
 def test_guardrails_of_litellm_block(store: Path, tmp_path: Path) -> None:
     site = installed(tmp_path / "litellm", LITELLM)
-    with serving(store, default_model=None, tau=0) as server:
+    with serving(store, default_model=None, tau=0, flags=["positive"]) as server:
         said = output_of(PROXY, site, server, [GOOD, BAD])
         answers = {name: server.classify(input=BAD, model=name).json() for name in ("tiny", "tiny-int8")}
     for name, answer in answers.items():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from de3.exits.kinds import Spans
 from de3.exits.spans import Layout, SpanRule
 from de3.export.classifier import Stock, convert
 from de3.model_store.store import Store
+from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.server.http import detectors, gliner, guardrail, hugging_face
@@ -226,6 +228,7 @@ def job_of(request: Any, logits: list[list[float]], chars: list[list[int]], ran:
     outcome = SimpleNamespace(
         reading=reading, rule=rule, windows=[None] * ran, num_windows=windows, reason="deadline"
     )
+    outcome.check_all_ran = partial(Outcome.check_all_ran, outcome)
     model = SimpleNamespace(manifest=SimpleNamespace(is_spans=True, labels=["O", "B-X"]))
     item = SimpleNamespace(text=request.texts[0], outcome=outcome)
     return SimpleNamespace(request=request, model=model, items=[item], outcomes=lambda: [outcome])
@@ -243,7 +246,9 @@ def job_of(request: Any, logits: list[list[float]], chars: list[list[int]], ran:
 def test_unread_windows_are_an_error(protocol: Any, request_type: Any, fields: Any) -> None:
     request = request_type([Text("a")], **fields)
     with pytest.raises(RequestError, match=r"latency_budget_ms: only 1 of a text's 2 windows") as error:
-        protocol.serialize("", job_of(request, [[1, 0]], [[0, 1]], 1, 2))
+        job = job_of(request, [[1, 0]], [[0, 1]], 1, 2)
+        request.check(job.items[0].outcome)
+        protocol.serialize("", job)
     assert error.value.cause == "budget"
     protocol.serialize("", job_of(request, [[1, 0]], [[0, 1]], 0, 1))  # a single window, which exited in time
 
@@ -383,7 +388,8 @@ print(json.dumps([[said(rails) for rails in guards], masked]))
 def test_rails_of_nemo_guardrails_block_and_mask(both: Path, tmp_path: Path) -> None:
     site = installed(tmp_path / "nemoguardrails", NEMO)
     texts = ["good , good and warm", "good , dull and bad and boring and awful"]
-    with serving(both, models=["tiny", "finder"], default_model="tiny", tau=0) as server:
+    flags = ["tiny=positive"]
+    with serving(both, models=["tiny", "finder"], default_model="tiny", tau=0, flags=flags) as server:
         done = subprocess.run(
             [sys.executable, "-c", RAILS, server.url, json.dumps(texts)],
             capture_output=True,

@@ -75,9 +75,8 @@ def _begin(
             too_long.append(item)
             continue
         try:
-            text = item.text.text if job.has_layouts else None
-            is_pair = item.text.text_pair is not None
-            tokens = model.tokenizer.short(encoding, is_pair, job.request.truncate, text)
+            texts = item.text.text, item.text.text_pair
+            tokens = model.tokenizer.short(encoding, texts, job.request.truncate, job.has_layouts)
         except ValueError as error:
             failed.append((item, too_long_error(item, error)))
             continue

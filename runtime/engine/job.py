@@ -21,7 +21,7 @@ from de3.runtime.engine.served import MAX_STEP_S, Served
 from de3.runtime.engine.timing import tokens_of
 from de3.runtime.errors import RequestError
 from de3.runtime.ood import OodMonitor
-from de3.runtime.options import ExitOptions
+from de3.runtime.options import ExitOptions, Long
 from de3.runtime.rules import Choice
 
 # Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
@@ -437,24 +437,39 @@ def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
 
 
 def planned(request: Request, served: Sequence[Served]) -> Request:
-    """The request as models are to answer it on one pass; raises RequestError if one of them cannot.
-
-    Long texts run in windows for token classifiers. With other models, which may answer differently in windows, texts
-    are truncated unless the request says otherwise.
-    """
+    """The request as models are to answer it on one pass; raises RequestError if one of them cannot."""
     manifests = [one.model.manifest for one in served]
     _check_spans(request, manifests)
     for one in served:
         request = request.for_model(one.model.manifest, one.rules.flag)
-    windows, truncate = request.windows, request.truncate
-    if request.is_private:
-        windows, truncate = MAX_WINDOWS, False
-    elif all(one.is_spans for one in manifests) and not request.is_one_window:
-        windows = MAX_WINDOWS
-    windows = min(windows, *(most_windows(one.max_tokens) for one in manifests))
+    long, windows = _long(request, served), 1
+    if long == "windows":
+        windows = min(MAX_WINDOWS, *(most_windows(one.max_tokens) for one in manifests))
+    may_cut = request.says_unread and not request.is_private
+    truncate = long == "truncate" or (long == "windows" and may_cut)
     if (windows, truncate) == (request.windows, request.truncate):
         return request
     return replace(request, windows=windows, truncate=truncate)
+
+
+def _long(request: Request, served: Sequence[Served]) -> Long:
+    """How long texts are read: as the request says, the models' settings or, without either, the protocol.
+
+    But a token classifier and a guard read the whole text, in windows. Other models may answer differently then, so a
+    token classifier that shares a pass with them does not.
+    """
+    if request.is_private:
+        return "windows"
+    if request.long is not None:
+        return request.long
+    found = {
+        one.rules.long
+        or ("windows" if one.rules.flag is not None or one.model.manifest.is_spans else request.usual_long)
+        for one in served
+    }
+    if len(found) == 1:
+        return found.pop()
+    return "windows" if any(one.rules.flag is not None for one in served) else "truncate"
 
 
 def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:

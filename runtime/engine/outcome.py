@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading, TextReading, ValueReading
 from de3.exits.rule import ExitReason, ExitRule
+from de3.runtime.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Outcome:
         rule: the rule in force there; its τ may be lower than the job's if is_far is set.
         reading: the answer; with several windows, the combined answer with the signals of the last window that ran.
         passed: readings of the exits passed, the text's exit last; with several windows, of all windows that ran.
+        truncated: a part of the text was not read. end: the number of its characters that were; None if all of them
+            were, and for a pair.
         tokens: number of tokens passed to the model; with several windows, those of every window that started.
         queue_s: time since the job was submitted, less tokenize_s and model_s; 0 for shadow jobs.
         is_far: the text was far from every prototype at some exit.
@@ -61,7 +64,20 @@ class Outcome:
     windows: Sequence[Window] = ()
     num_windows: int = 1
     decisive: Decisive | None = None
+    end: int | None = None
     upstream_s: float = 0.0
+
+    def check_all_ran(self) -> None:
+        """Raise RequestError if a latency budget ended before all windows ran or, with a flag, were decided."""
+        ran, windows = max(1, len(self.windows)), self.num_windows
+        if self.reason == "deadline" and (ran < windows or self.rule.flag is not None):
+            what = (
+                f"only {ran} of a text's {windows} windows were read"
+                if ran < windows
+                else "a text was not decided"
+            )
+            message = f"latency_budget_ms: {what} in time; allow more"
+            raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
 
     @property
     def text_reading(self) -> TextReading:

@@ -6,9 +6,10 @@ from typing import ClassVar, NamedTuple, Self
 
 from de3.exits.spans import OUTSIDE, Aggregation, SpanRule
 from de3.model_store.manifest import Manifest
+from de3.runtime.engine.outcome import Outcome
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted
-from de3.runtime.options import NO_OPTIONS, ExitOptions
+from de3.runtime.options import NO_OPTIONS, ExitOptions, Long
 
 MAX_NAMED = 40  # labels in a message
 
@@ -119,14 +120,17 @@ class Request:
         needs_a_set_default: if several models fit, a request that does not name one is answered only by a default from
             the settings, not by the first model: one guard must not answer in place of another.
         takes_spans: the protocol can return spans, so token classifiers can answer.
+        usual_long: how the protocol reads long texts, unless the request or the model's settings say otherwise.
+        says_unread: its response says if a part of a text was not read, or not in time. In other protocols, texts that
+            are too long for windows are refused, and a budget that ends too early is an error.
         model: name or name:version; None: the server's default.
-        truncate: truncate texts that are too long for their windows; if false, such texts raise RequestError.
+        long: how the request wants long texts to be read; None: as the model's settings or the protocol say.
         explain: report the reading of every exit that a text passes.
         ood: report the OOD score of each text.
-        windows: maximum number of windows into which a long text is split.
+        windows: maximum number of windows into which a long text is split; set by job.planned(), as is `truncate`.
+        truncate: truncate texts that are too long for their windows; if false, such texts raise RequestError.
         flag: what the texts are flagged for; None: as the model's settings say.
         spans: options for the spans of token classifiers; None: none are set.
-        is_one_window: a long text is truncated, also for a token classifier, which otherwise reads it in windows.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
             other texts are still answered; any other error fails the whole job. If false, every error does.
         models: the models that all answer, on one pass, each with its options; empty: `model` answers, with `options`.
@@ -135,17 +139,19 @@ class Request:
     input_name: ClassVar[str] = "input"
     needs_a_set_default: ClassVar[bool] = False
     takes_spans: ClassVar[bool] = False
+    usual_long: ClassVar[Long] = "truncate"
+    says_unread: ClassVar[bool] = False
 
     texts: Sequence[Text]
     options: ExitOptions = NO_OPTIONS
     model: str | None = None
-    truncate: bool = True
+    long: Long | None = None
     explain: bool = False
     ood: bool = False
     windows: int = 1
+    truncate: bool = True
     flag: Wanted | None = None
     spans: SpanOptions | None = None
-    is_one_window: bool = False
     keeps_errors: bool = False
     models: Sequence[tuple[str, ExitOptions]] = ()
 
@@ -171,6 +177,11 @@ class Request:
         flag: the flag of the model's settings.
         """
         return self
+
+    def check(self, outcome: Outcome) -> None:
+        """Raise RequestError if a budget ended too early, and the response cannot say so."""
+        if not self.says_unread:
+            outcome.check_all_ran()
 
     def name_of(self, index: int) -> str:
         """The name of one text in error messages: the field, with an index if the request has several texts."""

@@ -108,6 +108,7 @@ def _outcome_of(item: Item) -> Outcome:
         windows=ran,
         num_windows=num_windows,
         decisive=decisive,
+        end=forward.tokens.end if progress.windows is None else progress.windows.end,
     )
 
 

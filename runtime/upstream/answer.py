@@ -112,7 +112,7 @@ async def _ask(
     reading = reading_of(reply, manifest.num_layers, len(manifest.labels))
     outcome.passed = [*outcome.passed, reading]
     outcome.reason, outcome.reading, outcome.layer = "upstream", reading, manifest.num_layers
-    outcome.truncated, outcome.decisive = False, None  # the upstream reads the whole text
+    outcome.truncated, outcome.end, outcome.decisive = False, None, None  # the upstream reads the whole text
     return reply
 
 

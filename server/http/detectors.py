@@ -13,7 +13,6 @@ import orjson
 from pydantic import BeforeValidator, Field
 
 from de3.exits.reading import ClassReading, LabelsReading, Reading, SpansReading, ValueReading
-from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
 from de3.runtime.answer import DECIMALS
@@ -23,16 +22,15 @@ from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_count, check_fields, load_json, one_or_more, plain_text
 from de3.runtime.flags import Wanted
-from de3.runtime.options import OptionFields
+from de3.runtime.options import Long, OptionFields
 from de3.server.http.errors import STATUSES
 from de3.server.http.protocol import Call, Protocol
-from de3.server.http.windows import check_all_ran
 
 EXAMPLE = '{"contents": ["a text"]}'
 THRESHOLD = 0.5
 # Names of labels that mean that nothing was found.
 SAFE = re.compile(
-    r"(safe|benign|normal|neutral|negative|legit|legitimate|ham|clean|harmless|acceptable|inoffensive|none|ok(ay)?|no"
+    r"(safe|benign|normal|legit|legitimate|ham|clean|harmless|acceptable|inoffensive|none|ok(ay)?|no"
     r"|sfw|compliant|(label|class)?[\W_]?0"
     r"|(not?|non)[\W_]?(toxic|hate|hateful|spam|offensive|harmful|jailbreak|injection|malicious|nsfw|abusive|unsafe).*)",
     re.IGNORECASE,
@@ -65,6 +63,7 @@ class Detection(Request):
 
     needs_a_set_default: ClassVar[bool] = True
     takes_spans: ClassVar[bool] = True
+    usual_long: ClassVar[Long] = "windows"
     params: ClassVar[str] = (
         ""  # beginning of messages about a parameter: the field of the body that has it, if any
     )
@@ -75,6 +74,9 @@ class Detection(Request):
     labels: Sequence[str] | None = None
     templates: Mapping[str, str] | None = None
 
+    def check(self, outcome: Outcome) -> None:
+        """Nothing here: what was found counts, so `found` checks a text in which nothing was."""
+
     def fits(self, manifest: Manifest) -> bool:
         """True for a token classifier, or a model with classes or labels, if it has the given parameters."""
         if manifest.is_spans:
@@ -82,14 +84,14 @@ class Detection(Request):
         return manifest.has_classes and self.labels is None
 
     def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
-        """With windows, and the safe labels and the flag, or the options for spans.
+        """With the safe labels and the flag, or the options for spans.
 
         The flag of the settings, if there is one, is the default. Raises RequestError for a regression model, for a
         parameter or label that the model does not have, and if it is not known which labels are safe.
         """
         name, labels = manifest.full_name, manifest.labels
         if manifest.is_spans:
-            return replace(self, windows=MAX_WINDOWS, truncate=False, spans=self._spans_of(name))
+            return replace(self, spans=self._spans_of(name))
         if self.labels is not None:
             raise self.refusal("labels", f"{name} is not a token classifier: it finds no spans")
         if manifest.tolerance is not None:
@@ -113,7 +115,7 @@ class Detection(Request):
         # If all classes are unsafe, every text is flagged, and in windows the first would be the last to run.
         watches = unsafe and (safe or len(unsafe) == 1 or manifest.thresholds is not None)
         wanted = Wanted(unsafe, threshold) if watches else None
-        return replace(self, windows=MAX_WINDOWS, truncate=False, safe=safe, threshold=threshold, flag=wanted)
+        return replace(self, safe=safe, threshold=threshold, flag=wanted)
 
     def _spans_of(self, name: str) -> SpanOptions:
         if self.safe is not None:
@@ -137,7 +139,7 @@ class Detection(Request):
         """
         found = self._found(outcome.reading, labels)
         if not found:
-            check_all_ran(outcome)
+            outcome.check_all_ran()
         return found
 
     def _found(self, reading: Reading, labels: list[str]) -> list[tuple[str, float]]:
@@ -239,7 +241,7 @@ def _detections(
     text: str, outcome: Outcome, labels: list[str], request: ContentsRequest
 ) -> list[dict[str, Any]]:
     if isinstance(outcome.reading, SpansReading):
-        check_all_ran(outcome)
+        outcome.check_all_ran()
         return [
             {
                 "start": span.start,
@@ -255,7 +257,7 @@ def _detections(
         (0, len(text)) if outcome.decisive is None else (outcome.decisive.start, outcome.decisive.end)
     )
     row: dict[str, Any] = {"start": start, "end": end, "text": text[start:end]}
-    more = {"metadata": {"truncated": True}} if outcome.truncated else {}
+    more = {"metadata": {"truncated": True, "truncated_at": outcome.end}} if outcome.truncated else {}
     return [
         row | {"detection": label, "detection_type": label, "score": round(prob, DECIMALS)} | more
         for label, prob in request.found(outcome, labels)

@@ -23,15 +23,17 @@ from de3.server.http.listener import BODY_TIMEOUT_S
 from de3.server.http.protocol import Call, Protocol, Route
 from de3.server.infer import Inference, timed_out
 
+Header = tuple[bytes, bytes]
+
 
 async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend, route: Route) -> None:
     """Answer one classification request; every outcome is counted, and logged and traced as configured."""
     exchange = Exchange(request_id(scope), scope, route.template, scope.get("de3.started") or perf_counter())
     try:
-        body, timing = await _answer(exchange, receive, send, frontend, route)
+        body, headers = await _answer(exchange, receive, send, frontend, route)
         # The request is no longer in flight, so a slow reader does not hold a share.
         if body:
-            await _send(send, exchange.id, body, timing)
+            await _send(send, exchange.id, body, headers)
     finally:
         frontend.report(exchange)
         if exchange.inference is not None:
@@ -40,18 +42,21 @@ async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend,
 
 async def _answer(
     exchange: Exchange, receive: Receive, send: Send, frontend: Frontend, route: Route
-) -> tuple[bytes, str]:
+) -> tuple[bytes, list[Header]]:
     """Run a request, count its outcome, and send the response if it is an error.
 
-    Returns the body and Server-Timing of a successful response, which the caller sends; otherwise the body is empty.
+    Returns the body and the headers of a successful response, which the caller sends; otherwise the body is empty.
     """
-    service, protocol, body, timing = frontend.service, route.protocol, b"", ""
+    service, protocol, body, headers = frontend.service, route.protocol, b"", list[Header]()
     failure: RequestError | None = None
     service.in_flight += 1
     try:
         job = await _classify(exchange, receive, frontend, route)
+        for outcome in (outcome for one in job.team for outcome in one.outcomes()):
+            job.request.check(outcome)
         body = protocol.serialize(exchange.id, job)
-        timing = _timing(job, exchange.started, perf_counter())
+        headers = _headers(job, exchange.started, perf_counter())
+        service.metrics.truncated(job, route.template)
         exchange.status = 200
     except RequestError as error:
         # The traceback would keep this frame and the parsed body in memory until the next garbage collection.
@@ -74,7 +79,7 @@ async def _answer(
     if failure is not None:
         response = errors.response(failure, exchange.id, protocol.error(failure))
         await response(exchange.scope, receive, send)
-    return body, timing
+    return body, headers
 
 
 async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, route: Route) -> Job:
@@ -160,8 +165,11 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def _timing(job: Job, started: float, ended: float) -> str:
-    """The Server-Timing header, in ms: tokenize and model are sums over the texts, queue and upstream the maximum."""
+def _headers(job: Job, started: float, ended: float) -> list[Header]:
+    """Server-Timing and, if texts were truncated, their indices, for protocols that have no place for them.
+
+    Times are in ms: tokenize and model are sums over the texts, queue and upstream the maximum.
+    """
     queue = tokenize = model = upstream = 0.0
     for outcome in job.outcomes():
         queue = max(queue, outcome.queue_s)
@@ -169,18 +177,22 @@ def _timing(job: Job, started: float, ended: float) -> str:
         model += outcome.model_s
         upstream = max(upstream, outcome.upstream_s)
     waited = f"upstream;dur={1000 * upstream:.3f}, " if upstream else ""
-    return (
+    timing = (
         f"read;dur={1000 * (job.submitted - started):.3f}, queue;dur={1000 * queue:.3f}, "
         f"tokenize;dur={1000 * tokenize:.3f}, model;dur={1000 * model:.3f}, "
         f"{waited}total;dur={1000 * (ended - started):.3f}"
     )
+    cut = ",".join(
+        str(item.index) for item in job.items if item.outcome is not None and item.outcome.truncated
+    )
+    return [(b"server-timing", timing.encode()), *([(b"de3-truncated", cut.encode())] if cut else [])]
 
 
-async def _send(send: Send, request_id: str, body: bytes, timing: str) -> None:
+async def _send(send: Send, request_id: str, body: bytes, more: list[Header]) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
-        (b"server-timing", timing.encode()),
+        *more,
         (HEADER, request_id.encode()),
     ]
     request = getattr(send, "__self__", None)

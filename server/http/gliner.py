@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field
 
 from de3.exits.kinds import Spans
 from de3.exits.spans import merged
-from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
 from de3.runtime.answer import DECIMALS
@@ -22,9 +21,8 @@ from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import check_fields, load_json
 from de3.runtime.flags import Wanted
-from de3.runtime.options import OptionFields
+from de3.runtime.options import Long, OptionFields
 from de3.server.http.protocol import Call, Protocol
-from de3.server.http.windows import check_all_ran
 
 EXAMPLE = '{"text": "a text"}'
 THRESHOLD = 0.5  # as GLiNER's server
@@ -43,6 +41,7 @@ class ExtractRequest(Request):
     input_name: ClassVar[str] = "text"
     needs_a_set_default: ClassVar[bool] = True
     takes_spans: ClassVar[bool] = True
+    usual_long: ClassVar[Long] = "windows"
 
     asked: Sequence[str] | None = None
     threshold: float = THRESHOLD
@@ -53,7 +52,7 @@ class ExtractRequest(Request):
         return manifest.is_spans
 
     def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
-        """With windows and options for spans; raises RequestError for any other model than a token classifier.
+        """With options for spans; raises RequestError for any other model than a token classifier.
 
         A label that the model does not have is refused when its rule is made, as the rail would miss it.
         """
@@ -68,7 +67,7 @@ class ExtractRequest(Request):
             asked = dict(zip(kept, self.asked or (), strict=True))
         names = "labels", "", "threshold", ""
         spans = SpanOptions(kept=kept, min_score=self.threshold, merges=True, names=names)
-        return replace(self, windows=MAX_WINDOWS, truncate=False, spans=spans, names=asked)
+        return replace(self, spans=spans, names=asked)
 
 
 def _text(value: Any) -> str:
@@ -106,7 +105,6 @@ def serialize(_: str, job: Job) -> bytes:
     assert isinstance(job.request, ExtractRequest)
     (item,), names = job.request.texts, job.request.names
     (outcome,) = job.outcomes()
-    check_all_ran(outcome)
     text, entities, tagged, at = item.text, list[dict[str, Any]](), "", 0
     for start, end, name, score in merged(outcome.reading.spans):
         value, label = text[start:end], names.get(name, name)

@@ -51,7 +51,7 @@ class GuardrailRequest(Detection):
         return self.policy != "redact" and Detection.fits(self, manifest)
 
     def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
-        """With windows, and the safe labels and the flag, or the options for spans.
+        """With the safe labels and the flag, or the options for spans.
 
         Raises RequestError for a regression model, and for a parameter or label that the model does not have.
         """

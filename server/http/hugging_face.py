@@ -6,7 +6,7 @@ effect, as the windows of long texts always overlap. Spans are `{"entity_group",
 `entity` instead of `entity_group` if the strategy is `none`; `word` is the slice of the text as sent.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -24,10 +24,9 @@ from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
 from de3.runtime.flags import Wanted
-from de3.runtime.options import OptionFields
+from de3.runtime.options import OptionFields, long_of
 from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
-from de3.server.http.windows import check_all_ran
 
 Function = Literal["softmax", "sigmoid", "none"]
 EXAMPLE = '{"inputs": "a text"}'
@@ -61,18 +60,12 @@ class TaskRequest(Request):
         return Request.fits(self, manifest) and not (manifest.is_spans and self.only_classes)
 
     def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
-        """The request for a model; raises RequestError for a parameter that a token classifier does not have.
-
-        Unless `truncation` is given, a token classifier refuses a text that is longer than its windows, as the response
-        cannot say that a part was not read.
-        """
+        """The request for a model; raises RequestError for a parameter that a token classifier does not have."""
         if manifest.is_spans and self.only_classes is not None:
             raise RequestError(
                 f"{self.only_classes}: {manifest.full_name} is a token classifier: a text has no probabilities",
                 self.only_classes,
             )
-        if manifest.is_spans and not self.is_one_window:
-            return replace(self, truncate=False)
         return self
 
 
@@ -100,7 +93,9 @@ class Parameters(OptionFields):
         None, ge=0, description="for a token classifier; no effect: windows always overlap"
     )
     truncation: bool | Literal["only_first", "longest_first"] | None = Field(
-        True, description="truncate texts that are too long instead of refusing them"
+        None,
+        description="true: truncate texts that are too long; false: refuse them. Default: as the model's settings "
+        "say or, without them, true, but a token classifier or a model with a flag reads windows",
     )
     padding: Any = Field(None, description="accepted and ignored")
     max_length: Any = Field(None, description="accepted and ignored")
@@ -151,9 +146,8 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
         fields.inputs,
         parameters.options,
         fields.model,
-        truncate=parameters.truncation is not False,
+        long_of(parameters.truncation),
         spans=parameters.spans,
-        is_one_window="truncation" in parameters.model_fields_set,
         is_nested=nests_one or is_list,
         is_list=is_list,
         only_classes=parameters.only_classes,
@@ -181,7 +175,6 @@ def _entities(item: Item) -> list[dict[str, Any]]:
     """
     outcome, text = item.outcome, item.text.text
     assert outcome is not None
-    check_all_ran(outcome)
     kind = outcome.rule.kind
     assert isinstance(kind, Spans)
     name = "entity" if kind.rule.aggregation == "none" else "entity_group"

@@ -23,7 +23,7 @@ from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_fields, checked_text, load_json
 from de3.runtime.flags import Wanted
-from de3.runtime.options import OptionFields
+from de3.runtime.options import OptionFields, long_of
 from de3.server.http.errors import message_body
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service
@@ -69,7 +69,7 @@ def outputs_of(manifest: Manifest) -> Sequence[str]:
 class Parameters(OptionFields):
     """The `parameters` of a request: the exit options, and fields that the protocol's clients send."""
 
-    truncate: bool = True
+    truncate: bool | None = None
     binary_data_output: Any = Field(None, description="accepted; outputs are JSON")
     priority: Any = Field(None, description="accepted and ignored")
     timeout: Any = Field(None, description="accepted and ignored")
@@ -133,7 +133,7 @@ def parse(call: Call) -> InferRequest:
         [Text(text, pairs[i] if pairs else None) for i, text in enumerate(texts)],
         parameters.options,
         f"{name}:{call.path['version']}" if "version" in call.path else name,
-        truncate=parameters.truncate,
+        long_of(parameters.truncate),
         id=fields.id,
         outputs=[output.name for output in fields.outputs],
     )

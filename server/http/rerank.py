@@ -19,7 +19,7 @@ from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import check_count, check_fields, checked_text, load_json
 from de3.runtime.flags import Wanted
-from de3.runtime.options import OptionFields
+from de3.runtime.options import OptionFields, long_of
 from de3.server.http import tei
 from de3.server.http.errors import openai_body
 from de3.server.http.protocol import Call, Protocol
@@ -145,7 +145,7 @@ def parse(call: Call) -> RerankRequest:
         return RerankRequest(
             pairs(fields.query, fields.texts),
             fields.options,
-            truncate=bool(fields.truncate),
+            long=long_of(bool(fields.truncate)),
             is_tei=True,
             with_documents=fields.return_text,
             raw_scores=fields.raw_scores,

@@ -12,7 +12,7 @@ from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import check_count, check_fields, checked_text, load_json
-from de3.runtime.options import OptionFields
+from de3.runtime.options import OptionFields, long_of
 from de3.server.http.protocol import Call, Protocol
 from de3.server.http.rerank import PairsRequest, pairs, scores_of
 
@@ -57,7 +57,8 @@ class ScoreFields(OptionFields):
     )
     request_id: str | None = Field(None, max_length=128, description="id of the response")
     truncate_prompt_tokens: Literal[-1] | None = Field(
-        None, description="accepted; pairs are truncated to the model's limit"
+        None,
+        description="truncate pairs to the model's limit (the default, unless the model's settings say otherwise)",
     )
     truncation_side: Literal["right"] | None = Field(
         None, description="accepted; texts are truncated at their end"
@@ -102,6 +103,7 @@ def parse(call: Call) -> ScoreRequest:
         texts,
         fields.options,
         fields.model,
+        long_of(fields.truncate_prompt_tokens),
         second=second,
         raw=fields.use_activation is False,
         id=fields.request_id,

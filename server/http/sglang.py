@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, Text
 from de3.runtime.fields import check_count, check_fields, one_or_more, plain_text
-from de3.runtime.options import OptionFields
+from de3.runtime.options import Long, OptionFields, long_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +22,7 @@ class LogitsRequest(Request):
     """
 
     input_name: ClassVar[str] = "text"
+    usual_long: ClassVar[Long] = "error"
 
     is_batch: bool = False
 
@@ -41,7 +42,9 @@ def request_of(value: dict[str, Any], max_texts: int) -> LogitsRequest:
     check_count(value, "text", max_texts)
     fields = check_fields(LogitsFields, value, '{"text": "a text"}')
     is_batch = isinstance(value["text"], list)
-    return LogitsRequest(fields.text, fields.options, fields.model, fields.truncate, is_batch=is_batch)
+    return LogitsRequest(
+        fields.text, fields.options, fields.model, long_of(fields.truncate or None), is_batch=is_batch
+    )
 
 
 def serialize(request_id: str, job: Job) -> bytes:

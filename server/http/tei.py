@@ -14,7 +14,7 @@ from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import Cause, RequestError
 from de3.runtime.fields import check_count, check_fields, checked_text, load_json
-from de3.runtime.options import OptionFields
+from de3.runtime.options import Long, OptionFields, long_of
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service
 
@@ -36,6 +36,7 @@ class PredictRequest(Request):
     """
 
     input_name: ClassVar[str] = "inputs"
+    usual_long: ClassVar[Long] = "error"
 
     is_batch: bool = False
     raw_scores: bool = False
@@ -80,7 +81,11 @@ def parse(call: Call) -> PredictRequest:
     fields = check_fields(PredictFields, value, EXAMPLE)
     texts, is_batch = fields.inputs
     return PredictRequest(
-        texts, fields.options, truncate=bool(fields.truncate), is_batch=is_batch, raw_scores=fields.raw_scores
+        texts,
+        fields.options,
+        long=long_of(fields.truncate or None),
+        is_batch=is_batch,
+        raw_scores=fields.raw_scores,
     )
 
 
