@@ -9,7 +9,7 @@ from de3.exits.spans import Array, Layout, Span, SpanRule, TokenReading, Unsure,
 
 LOG_2 = log(2.0)
 SMALLEST = 1e-12  # lower bound on the argument of a logarithm
-Weights = tuple[float, ...]  # of the features of risk
+Weights = tuple[float, ...]  # of the features of risk; see signals.Risk
 
 # A class (number or name), the numbers of a multi-label model's labels, a regression model's value, or a set of spans.
 Answer = int | str | list[int] | float | frozenset[tuple[int, int, str]]
@@ -20,6 +20,7 @@ class _Text:
 
     __slots__ = ()
     spans: ClassVar[Sequence[Span]] = ()
+    state_term: float = 0.0  # only a ClassReading's may differ
 
     def finish(self) -> None:
         """Nothing is left to do; see SpansReading.finish."""
@@ -39,6 +40,7 @@ class ClassReading(_Text):
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         nearest: distance to the nearest prototype, in [0, 2] up to rounding; None at an exit without prototypes.
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
+        state_term: the exit's pooled state times risk's weights of it (see signals.Risk); 0 if risk has none.
     """
 
     layer: int
@@ -50,6 +52,7 @@ class ClassReading(_Text):
     distance_ratio: float | None
     nearest: float | None
     score: float | None = None
+    state_term: float = 0.0
 
     @property
     def answer(self) -> int:
@@ -130,6 +133,7 @@ class SpansReading:
     unsure: Unsure
     tokens: TokenReading | None
     score: float | None = None
+    state_term: ClassVar[float] = 0.0
     entropy: ClassVar[None] = None
     distance_ratio: ClassVar[None] = None
     nearest: ClassVar[None] = None

@@ -1,6 +1,6 @@
 """The outputs of every exit for every sample, for evaluation and calibration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -34,6 +34,8 @@ class Recorded:
         kind: what an answer is.
         costs: cost of an answer at each exit, for speed-ups; None: its layer.
         first_exit: index of the first exit that is used; the risk of earlier ones is 1.
+        states: returns the pooled states of an exit but the last, (n, hidden), by its index. They may be read from a
+            file, so that only one exit's are in memory. None: not recorded.
     """
 
     exit_layers: list[int]
@@ -45,6 +47,7 @@ class Recorded:
     kind: Kind = CLASSES
     costs: list[int] | None = None
     first_exit: int = 0
+    states: Callable[[int], NDArray[np.float32]] | None = None
 
     ARRAYS: ClassVar[Sequence[str]] = ARRAYS
 
@@ -53,16 +56,27 @@ class Recorded:
         arrays: dict[str, Any] = {
             name: None if (x := getattr(self, name)) is None else x[which] for name in self.ARRAYS
         }
-        return replace(self, **arrays)
+        states = self.states
+        return replace(self, **arrays, states=None if states is None else lambda j: states(j)[which])
 
     @staticmethod
     def joined(parts: Sequence["Recorded"]) -> "Recorded":
-        """The samples of several parts of one model, with tokens and original answers only if every part has them."""
+        """The samples of several parts of one model, with what is optional only if every part has it."""
         arrays: dict[str, Any] = {}
         for name in parts[0].ARRAYS:
             values = [getattr(part, name) for part in parts]
             arrays[name] = None if any(x is None for x in values) else np.concatenate(values)
+        if all(part.states is not None for part in parts):
+            arrays["states"] = lambda j: np.concatenate([part.states_at(j) for part in parts])
+        else:
+            arrays["states"] = None
         return replace(parts[0], **arrays)
+
+    def states_at(self, j: int) -> NDArray[np.float32]:
+        """The pooled states of exit j, not the last, (n, hidden); raises ValueError if they are not recorded."""
+        if self.states is None:
+            raise ValueError("risk needs the pooled states of these samples")
+        return self.states(j)
 
     @property
     def _text_kind(self) -> TextKind:

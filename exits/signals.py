@@ -14,6 +14,7 @@ from math import exp, nan
 from typing import ClassVar, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from de3.exits import formulas
 from de3.exits.kinds import CLASSES, Kind, Labels, Spans, Value
@@ -67,6 +68,7 @@ class Signal(Protocol):
         code: number of the signal in `native/rule.h`; None if the kernels do not have it.
         lam: EDR's λ; None for any other signal.
         table: parameters for the kernels, as float64 bytes; None if there are none.
+        state_weights: weights of each exit's pooled state, float32 (num_layers + 1, hidden); None if there are none.
     """
 
     name: ClassVar[str]
@@ -79,6 +81,10 @@ class Signal(Protocol):
     @property
     def table(self) -> bytes | None:
         """Parameters for the kernels; None if there are none."""
+
+    @property
+    def state_weights(self) -> NDArray[np.float32] | None:
+        """Weights of each exit's pooled state; None if there are none."""
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
@@ -102,6 +108,7 @@ class Entropy:
     code: ClassVar[int | None] = 0
     lam: ClassVar[float | None] = None
     table: ClassVar[bytes | None] = None
+    state_weights: ClassVar[NDArray[np.float32] | None] = None
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
@@ -127,6 +134,7 @@ class Edr:
     name: ClassVar[str] = "edr"
     code: ClassVar[int | None] = 1
     table: ClassVar[bytes | None] = None
+    state_weights: ClassVar[NDArray[np.float32] | None] = None
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
@@ -163,20 +171,30 @@ class Risk:
     z = w0 + w1·log largest + w2·log total + w3·log tokens + w4·found (see exits.spans.Unsure). `exits.risk` fits the
     weights on held-out samples, without their labels. Unlike entropy and EDR, risk is comparable across exits.
 
+    With mutually exclusive classes, z may have a further term v·h, where h is the exit's pooled state (h^(m) in the
+    paper): what its classifier overlooks, such as a negation in a mean of embeddings, may still show in the state.
+
     Attributes:
-        weights: (w0, …, w4) by layer; None at layers without an exit, and at full depth. w4 is 0 at an exit without
-            prototypes of a model with classes.
+        weights: (w0, …, w4) by layer, followed by v if there is one, as float32 values; None at layers without an exit,
+            and at full depth. w4 is 0 at an exit without prototypes of a model with classes.
     """
 
     weights: tuple[Weights | None, ...]
     table: bytes | None = field(init=False, repr=False, compare=False)
+    state_weights: NDArray[np.float32] | None = field(init=False, repr=False, compare=False)
     name: ClassVar[str] = "risk"
     code: ClassVar[int | None] = 2
     lam: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
-        rows = [weights or (np.nan,) * FEATURES for weights in self.weights]
+        rows = [(weights or (np.nan,) * FEATURES)[:FEATURES] for weights in self.weights]
         object.__setattr__(self, "table", np.array(rows, np.float64).tobytes())
+        of_states, size = None, max(len(weights or ()) for weights in self.weights) - FEATURES
+        if size > 0:
+            of_states = np.zeros((len(self.weights), size), np.float32)
+            for row, weights in zip(of_states, self.weights, strict=True):
+                row[:] = (weights or ())[FEATURES:] or 0.0
+        object.__setattr__(self, "state_weights", of_states)
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
@@ -190,16 +208,30 @@ class Risk:
         reading = readings[-1]
         weights = self.weights[reading.layer]
         z = None if weights is None else reading.risk(weights)
-        return None if z is None else _logistic(z)
+        return None if z is None else _logistic(z + reading.state_term)
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """The risk of recorded samples, (n, exits); NaN at the last exit."""
         features = recorded.risk_features
+        scores = np.full(features.shape[:2], np.nan)
         # With an upstream, full depth is a layer above those of the model.
-        by_layer = dict(enumerate(self.weights))
-        weights = [by_layer.get(layer) or (np.nan,) * FEATURES for layer in recorded.exit_layers]
-        z = (features * np.array(weights)).sum(-1)
-        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -700.0, 700.0))))
+        for j, layer in enumerate(recorded.exit_layers):
+            weights = self.weights[layer] if layer < len(self.weights) else None
+            if weights is not None:
+                states = recorded.states_at(j) if len(weights) > FEATURES else None
+                scores[:, j] = probabilities(np.array(weights), features[:, j], states)
+        return scores
+
+
+def probabilities(
+    weights: formulas.Floats, features: formulas.Floats, states: NDArray[np.float32] | None
+) -> formulas.Floats:
+    """The risk of n samples at an exit, (n,). features: (n, 5). states: (n, hidden), needed if they have weights."""
+    z = (features * weights[:FEATURES]).sum(-1)
+    if len(weights) > FEATURES:
+        assert states is not None
+        z += states @ weights[FEATURES:].astype(np.float32)
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -700.0, 700.0))))
 
 
 def _logistic(z: float) -> float:

@@ -104,7 +104,8 @@ def calibrate(
             soft_wrap=True,
             highlight=False,
         )
-    fitted = risk.fit(joined([tune.samples, certify.samples]).recorded if pooled else tune.samples.recorded)
+    fitting = joined([tune.samples, certify.samples]) if pooled else tune.samples
+    fitted = risk.fit(fitting.recorded, fitting.groups)
     signals = _rivals(tune, fitted)
     name = _choose(signals) if wanted == "auto" else wanted
     if name not in signals:
@@ -200,7 +201,9 @@ def _certifying(
         return certify.whole, signal.scores(certify.whole.recorded)
     scores = []
     for part, other in ((tune, certify), (certify, tune)):
-        scorer = risk.fit(other.samples.recorded) if isinstance(signal, Risk) else signal
+        scorer = (
+            risk.fit(other.samples.recorded, other.samples.groups) if isinstance(signal, Risk) else signal
+        )
         scores.append(scorer.scores(part.whole.recorded))
     return joined([tune.whole, certify.whole]), np.concatenate(scores)
 

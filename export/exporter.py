@@ -116,12 +116,12 @@ def certified(
     Raises ExportError if an exit loses too much in int8.
     """
     is_int8 = exported is not plain
-    tuned = record(exported, tune, "the tuning samples")
-    recorded = record(exported, certify, "the certifying samples")
+    tuned = record(exported, tune, "the tuning samples", for_fit=True)
+    recorded = record(exported, certify, "the certifying samples", for_fit=True)
     if is_int8:
         # Only int8 changes answers: in fp32, full depth is the imported classifier itself.
         tuned, recorded = with_original(tuned, tune), with_original(recorded, certify)
-        expected = record(plain, certify, "fp32 for comparison")
+        expected = record(plain, certify, "fp32 for comparison", for_fit=True)
         compare = int8_spans if exported.manifest.is_spans else int8_loss
         proof["int8"] = compare(recorded, expected, settings.max_int8_loss)
     warn(weaknesses(recorded, exported.manifest.labels))

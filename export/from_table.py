@@ -77,20 +77,20 @@ def fit_table(
         texts = TrainingSet(target, groups, computed.states)
         as_served = partial(as_stored, precision=base.manifest.precision)
         fitted = fit_labels(base.manifest.num_layers, texts, fold, poolings, as_served)
-    fields = {
-        "name": settings.name,
-        "labels": list(names),
-        "thresholds": thresholds,
-        "tolerance": None,
-        "source": None,
-        "input": input_of(examples),
-    }
-    with store.new_version(settings.name) as draft:
-        manifest = write_exits(base, fitted.exits, draft, **fields)
-        if certifying:
-            certified = _certified(draft, manifest, fitted, groups, certifying, settings.max_loss)
-            return draft.publish(certified)
-        return draft.publish(_estimated(manifest, fitted, groups, fitting, settings.max_loss))
+        fields = {
+            "name": settings.name,
+            "labels": list(names),
+            "thresholds": thresholds,
+            "tolerance": None,
+            "source": None,
+            "input": input_of(examples),
+        }
+        with store.new_version(settings.name) as draft:
+            manifest = write_exits(base, fitted.exits, draft, **fields)
+            if certifying:
+                certified = _certified(draft, manifest, fitted, groups, certifying, settings.max_loss)
+                return draft.publish(certified)
+            return draft.publish(_estimated(manifest, fitted, groups, fitting, settings.max_loss))
 
 
 def _with_same_tokens(model: Model, examples: Sequence[Example]) -> list[Example]:
@@ -161,7 +161,9 @@ def _certified(
     max_loss: float,
 ) -> Manifest:
     """The manifest with a calibration on the certifying texts; also prints the report."""
-    recorded = record(Model(Artifact(draft.path, manifest), "auto"), certifying, "the certifying texts")
+    recorded = record(
+        Model(Artifact(draft.path, manifest), "auto"), certifying, "the certifying texts", for_fit=True
+    )
     tune = CalibrationPart(Samples(fitted.crossed, groups), np.ones(len(groups), np.bool_))
     certify = CalibrationPart.of(recorded, certifying)
     calibrated = calibrate(tune, certify, max_loss, may_pool=False)
@@ -197,7 +199,7 @@ def _estimated(
 ) -> Manifest:
     """The manifest without a calibration, and with a default τ from cross-fitting; also prints the report."""
     samples = Samples(fitted.crossed, groups)
-    signal, scores = risk.fit(fitted.crossed), risk.cross_fit(fitted.crossed, groups)
+    signal, scores = risk.fit(fitted.crossed, groups), risk.cross_fit(fitted.crossed, groups)
     default = calibration.within_loss(calibration.trade_off(samples, signal, FINE_TAUS, scores), max_loss)
     label_report.report(
         samples,

@@ -152,9 +152,12 @@ class _Tokens:
 
 
 def _with_costs(recorded: Recorded, manifest: Manifest) -> Recorded:
-    """The outputs, with the costs of a model with an upstream: 1 for its answers, 0 for the model's."""
+    """The outputs, with the costs of a model with an upstream: 1 for its answers, 0 for the model's.
+
+    Its risk weighs no states: the gain before a stronger classifier was not measured.
+    """
     costs = [*([0] * manifest.num_states), 1]
-    return recorded if manifest.upstream is None else replace(recorded, costs=costs)
+    return recorded if manifest.upstream is None else replace(recorded, costs=costs, states=None)
 
 
 def _first_exit(recorded: Recorded, rate: float) -> int:

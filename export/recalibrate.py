@@ -49,7 +49,7 @@ def recalibrate(
     _report_related([*tune, *certify])
     model = Model(artifact)
     parts = [
-        CalibrationPart.of(record(model, part, f"the {what} samples"), part)
+        CalibrationPart.of(record(model, part, f"the {what} samples", for_fit=True), part)
         for part, what in ((tune, "tuning"), (certify, "certifying"))
     ]
     _warn_of_full_depth(artifact)
@@ -107,7 +107,7 @@ def recalibrate_on_texts(
     check_input(examples, artifact.manifest.input, str(file))
     used = with_fragments(examples) if fragments else examples
     _check_count(_report_related(used, len(examples) - len(used)))
-    recorded = record(Model(artifact), used, "the texts")
+    recorded = record(Model(artifact), used, "the texts", for_fit=True)
     recorded = replace(recorded, labels=recorded.answers[:, -1])
     whole = CalibrationPart.of(recorded, used)
     rng, groups = np.random.default_rng(SEED), whole.samples.groups

@@ -8,9 +8,10 @@ import numpy as np
 
 from de3.data.examples import Example, label_array
 from de3.data.tables import pair_of
-from de3.exits.kinds import Spans
+from de3.exits.kinds import Classes, Spans
 from de3.exits.reading import SpansReading
 from de3.exits.recorded import Recorded, RecordedSpans
+from de3.exits.signals import FEATURES
 from de3.model_store.model import Model
 from de3.model_store.segments import Array, Step, Tokens
 from de3.progress import track
@@ -18,10 +19,13 @@ from de3.progress import track
 THREADS = cpu_count()
 
 
-def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
+def record(
+    model: Model, examples: Sequence[Example], what: str = "samples", for_fit: bool = False
+) -> Recorded:
     """Record the outputs of every exit for examples, in order; the labels of a token classifier are its own answers.
 
     Examples run to full depth, unbatched, in parallel on all cores. what: name of the examples in the progress display.
+    for_fit: also record the states to which risk can be fitted; otherwise only those that the model's own risk weighs.
     """
 
     def full_depth(example: Example) -> tuple[int, list[Step]]:
@@ -34,6 +38,10 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
     logits = np.zeros((len(examples), len(exits), len(model.manifest.labels)), np.float32)
     distances = np.full_like(logits, np.nan)
     tokens = np.zeros(len(examples), np.int64)
+    weighed = {row.layer for row in model.manifest.risk or [] if len(row.weights) > FEATURES}
+    if for_fit and isinstance(model.manifest.kind, Classes):
+        weighed = set(exits[:-1])
+    states = {layer: np.zeros((len(examples), model.manifest.hidden_size), np.float32) for layer in weighed}
     with ThreadPoolExecutor(THREADS) as pool:
         results = track(pool.map(full_depth, examples), f"Running {what} through the segments", len(examples))
         for i, (length, steps) in enumerate(results):
@@ -42,6 +50,8 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
                 logits[i, j] = steps[layer].logits
                 if steps[layer].distances is not None:
                     distances[i, j] = steps[layer].distances
+                if layer in states:
+                    states[layer][i] = model.pooling.pooled(steps[layer].hidden, model.manifest.pooling)
     labels = label_array([e.label for e in examples], len(model.manifest.labels))
     return Recorded(
         exits,
@@ -50,6 +60,7 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
         labels,
         tokens,
         kind=model.manifest.kind,
+        states=(lambda j: states[exits[j]]) if states else None,
     )
 
 

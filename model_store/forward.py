@@ -46,6 +46,7 @@ class Decision:
         layout: of the tokens, for a token classifier; None for other models.
         logits, distances: in the kernels, (num_layers + 1, K), index = layer; zeros where no exit was computed. In a
             token classifier, logits are (num_layers + 1, T, K), undefined where no exit was computed.
+        state_terms: in the kernels, ClassReading.state_term, (num_layers + 1,); None if the signal weighs no states.
         counted: in the kernels, 1 for the tokens that can change a span, (T,); None for other models.
     """
 
@@ -64,6 +65,7 @@ class Decision:
     readings: list[Reading] = field(default_factory=list, init=False)
     logits: Array = field(init=False)
     distances: Array = field(init=False)
+    state_terms: Array | None = field(default=None, init=False)
     counted: NDArray[np.uint8] | None = field(default=None, init=False)
 
     def mark_ood(self) -> None:
@@ -156,6 +158,8 @@ def _decide(decision: Decision, layer: int, hidden: Array) -> None:
         reading = rule.kind.read(layer, logits, decision.layout)
     else:
         reading = rule.kind.read(layer, logits.tolist(), None if found is None else found.tolist())
+    if isinstance(reading, ClassReading) and (weights := rule.signal.state_weights) is not None:
+        reading.state_term = exits.state_term(layer, hidden, weights[layer])
     decision.readings.append(reading)
     reading.score = rule.signal.score(decision.readings)
     nearest, far = reading.nearest, decision.far
@@ -217,12 +221,15 @@ def _arguments(one: Decision, tokens: int, is_new: bool) -> tuple[Any, ...]:
     elif is_new:
         shape = (exits.num_layers + 1, exits.num_labels)
         one.logits, one.distances = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        if signal.state_weights is not None:
+            one.state_terms = np.zeros(exits.num_layers + 1, np.float32)
     return (
         exits.exits,
         one.rule.tau,
         signal.code,
         signal.lam or 0.0,
         signal.table,
+        signal.state_weights,
         one.deepest,
         one.ask_all,
         one.tau_factor,
@@ -230,6 +237,7 @@ def _arguments(one: Decision, tokens: int, is_new: bool) -> tuple[Any, ...]:
         one.far,
         one.logits,
         one.distances,
+        one.state_terms,
         one.states,
         one.counted,
         kind.rule.outside if isinstance(kind, Spans) else -1,
@@ -267,8 +275,9 @@ def _reading(one: Decision, is_whole: bool, layer: int, *values: Any) -> Reading
     match kind := one.rule.kind:
         case Classes():
             logits = one.logits[layer].tolist() if is_whole else []
+            term = 0.0 if one.state_terms is None else float(one.state_terms[layer])
             return ClassReading(
-                layer, logits, probs if is_whole else [], label, margin, entropy, ratio, nearest, score
+                layer, logits, probs if is_whole else [], label, margin, entropy, ratio, nearest, score, term
             )
         case Labels():
             logits = one.logits[layer].tolist() if is_whole else []

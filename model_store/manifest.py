@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from de3.exits.kinds import Kind, Spans, kind_of_text
+from de3.exits.kinds import Classes, Kind, Spans, kind_of_text
 from de3.exits.reading import Weights
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from de3.exits.reference import LEVELS, is_ascending
 from de3.exits.signals import FEATURES, Entropy, ModelTraits, Risk, Signal, check_name, signal_of
 from de3.exits.spans import Aggregation, SpanRule
 from de3.model_store.architecture import Architecture
-from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, Layer, ManifestPart, Share
+from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, MAX_WIDTH, Layer, ManifestPart, Share
 
 SCHEMA_VERSION: Literal[7] = 7
 OLD_VERSION: Literal[6] = 6  # its exits are in its segments
@@ -87,10 +87,12 @@ class TradeOff(_Signal):
 
 
 class RiskWeights(ManifestPart):
-    """Weights of exits.signals.Risk at one exit."""
+    """Weights of exits.signals.Risk at one exit: those of its features, and of the state, if it weighs that."""
 
     layer: Layer
-    weights: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(min_length=FEATURES, max_length=FEATURES)
+    weights: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
+        min_length=FEATURES, max_length=FEATURES + MAX_WIDTH, fail_fast=True
+    )
 
 
 class Reference(ManifestPart):
@@ -313,18 +315,7 @@ class Manifest(Architecture):
             )
         if any((r.entropy is None) == self.has_classes for r in references):
             raise ValueError("calibration.references: entropy must be set if, and only if, there are classes")
-        risk = None if self.risk is None else [r.layer for r in self.risk]
-        if risk not in (None, exits[:-1]) and not (self.upstream and risk == exits):
-            raise ValueError("risk must have one entry for each exit layer but the last")
-        if self.label_risk is not None and [r.layer for r in self.label_risk] != exits:
-            raise ValueError("label_risk must have one entry for each exit layer")
-        if self.tolerance is not None and any(w != 0 for r in self.risk or [] for w in r.weights[3:]):
-            raise ValueError("risk: the last two weights must be 0 in a regression model")
-        weights = [*(self.risk or []), *(self.label_risk or [])]
-        if not self.is_spans and any(
-            r.weights[-1] != 0 for r in weights if r.layer not in self.prototype_layers
-        ):
-            raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
+        self._check_risk()
         signals = self.trade_offs()
         traits = self.traits
         for key in signals:
@@ -341,6 +332,32 @@ class Manifest(Architecture):
             ):
                 raise ValueError("calibration.table: speedup and disagreement_bound must ascend with τ")
         return self
+
+    def _check_risk(self) -> None:
+        """Raise ValueError unless risk and label_risk have entries and weights that belong to the exits."""
+        exits = self.exit_layers
+        risk = None if self.risk is None else [r.layer for r in self.risk]
+        if risk not in (None, exits[:-1]) and not (self.upstream and risk == exits):
+            raise ValueError("risk must have one entry for each exit layer but the last")
+        if self.label_risk is not None and [r.layer for r in self.label_risk] != exits:
+            raise ValueError("label_risk must have one entry for each exit layer")
+        sees_state = isinstance(self.kind, Classes)
+        if any(
+            len(r.weights) not in (FEATURES, FEATURES + sees_state * self.hidden_size)
+            for r in self.risk or []
+        ):
+            raise ValueError(
+                f"risk must have {FEATURES} weights for each exit or, with exclusive classes, {self.hidden_size} more"
+            )
+        if any(len(r.weights) != FEATURES for r in self.label_risk or []):
+            raise ValueError(f"label_risk must have {FEATURES} weights for each exit")
+        if self.tolerance is not None and any(w != 0 for r in self.risk or [] for w in r.weights[3:]):
+            raise ValueError("risk: the last two weights must be 0 in a regression model")
+        weights = [*(self.risk or []), *(self.label_risk or [])]
+        if not self.is_spans and any(
+            r.weights[FEATURES - 1] != 0 for r in weights if r.layer not in self.prototype_layers
+        ):
+            raise ValueError("risk: the weight of log DR must be 0 at an exit without prototypes")
 
     def trade_offs(self) -> dict[tuple[str, float | None], list[TradeOff]]:
         """Rows of the calibration by signal and λ, each by ascending τ; only certified signals have rows."""

@@ -77,6 +77,10 @@ class Pooling:
         mean: Array = np.add.reduce(rows, 0) / np.float32(len(rows))  # equals rows.mean(0), in half the time
         return mean
 
+    def pooled(self, hidden: Array, pooling: str) -> Array:
+        """The state that an exit classifies, (hidden,), with the pooling "mean" or "cls"."""
+        return self.mean(hidden) if pooling == "mean" else self.normalized(hidden[:, :1])[0]
+
 
 class Layers(Protocol):
     """The layers of an encoder, run one unpadded sample at a time; safe to share between threads.
@@ -115,6 +119,9 @@ class Exits(Protocol):
         If the exits classify each token, the logits are (tokens, K).
         """
 
+    def state_term(self, layer: int, hidden: Array, weights: Array) -> float:
+        """The pooled state of an exit, for states (1, tokens, hidden), times weights (hidden,)."""
+
 
 class OnnxLayers:
     """An encoder that ONNX Runtime runs."""
@@ -149,7 +156,7 @@ class OnnxExits:
     ) -> None:
         """sessions: by layer; each runs a graph of `build_exit`. prototypes: (K, D), unit rows, by layer."""
         self.num_layers, self.layers, self.pooling = manifest.num_layers, manifest.exit_layers, pooling
-        self.is_spans = manifest.is_spans
+        self.is_spans, self._pooling_of = manifest.is_spans, manifest.pooling
         self._sessions = sessions
         self._feeds = {layer: {"prototypes": rows} for layer, rows in prototypes.items()}
 
@@ -159,6 +166,10 @@ class OnnxExits:
         if self.is_spans:
             return values[0], None
         return values[0][0], values[1][0] if len(values) > 1 else None
+
+    def state_term(self, layer: int, hidden: Array, weights: Array) -> float:
+        """See Exits.state_term."""
+        return float(self.pooling.pooled(hidden, self._pooling_of) @ weights)
 
 
 class NativeLayers:
@@ -205,6 +216,20 @@ class NativeExits:
         distances = np.empty(self.num_labels, np.float32) if layer in self._with_distances else None
         self._run(self.exits, layer, hidden, logits, distances)
         return logits, distances
+
+    def state_term(self, layer: int, hidden: Array, weights: Array) -> float:
+        """See Exits.state_term."""
+        logits, distances = np.empty((2, self.num_labels), np.float32)
+        return float(
+            self._run(
+                self.exits,
+                layer,
+                hidden,
+                logits,
+                distances if layer in self._with_distances else None,
+                weights,
+            )
+        )
 
 
 def hidden_states(

@@ -230,8 +230,8 @@ static int takes_mean(const Exits *e, int layer) {
     return !e->at[layer].norm.scale && pooling_of(e, layer) == MEAN_TOKEN;
 }
 
-int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, const float *mean, float *logits,
-             float *distances) {
+int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, const float *mean,
+             const float *state_weights, float *logits, float *distances, float *term) {
     if (e->pooling == EVERY_TOKEN) return run_tokens(e, layer, hidden_states, tokens, logits);
     const Kernels *k = kernels;
     const ExitHead *head = &e->at[layer];
@@ -247,6 +247,7 @@ int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, 
         pool(hidden_states, tokens, hidden, &head->norm, pooling_of(e, layer),
              (float *)(memory + 2 * states + space + quantized), own);
     const float *pooled = mean ? mean : own, *features = pooled; /* features: input of the classifier */
+    if (state_weights) *term = k->dot(pooled, state_weights, hidden);
     if (has_head(e, layer)) {
         run_head(&e->head, pooled, hidden, top);
         features = top;
@@ -292,6 +293,7 @@ static void decide_exit(int layer, Decision *d, int tokens) {
     else
         *reading = read_exit(layer, d->logits + at, head->metric ? d->distances + at : NULL, d->thresholds,
                              head->num_labels);
+    if (d->state_terms) reading->state_term = d->state_terms[layer];
     if (d->far && reading->nearest > d->far[layer] && !d->is_far) {
         d->is_far = 1;
         d->tau *= d->tau_factor;
@@ -344,7 +346,9 @@ static int decide(int layer, const float *rows, Pass *p, float *mean, double *en
             int shares = takes_mean(d->exits, layer);
             if (shares && !has_mean) kernels->mean(rows, p->tokens, d->exits->hidden, mean);
             has_mean |= shares;
-            if (run_exit(d->exits, layer, rows, p->tokens, shares ? mean : NULL, d->logits + at, d->distances + at))
+            const float *weights = d->state_terms ? d->signal.state_weights + (size_t)layer * d->exits->hidden : NULL;
+            if (run_exit(d->exits, layer, rows, p->tokens, shares ? mean : NULL, weights, d->logits + at,
+                         d->distances + at, weights ? d->state_terms + layer : NULL))
                 return -1;
             decide_exit(layer, d, p->tokens);
             double asked = now();

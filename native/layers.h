@@ -20,9 +20,10 @@ int run_layer(const Model *m, int layer, const float *from, const int *tokens, i
 
 /* Hidden states (tokens, hidden) → logits and cosine distances to the prototypes (num_labels) of a layer's exit; with
  * EVERY_TOKEN, logits of each token (tokens, num_labels). Without a metric space, distances are not used. mean: the mean
- * of the tokens, for an exit that takes_mean; or NULL. */
-int run_exit(const Exits *e, int layer, const float *hidden, int tokens, const float *mean, float *logits,
-             float *distances);
+ * of the tokens, for an exit that takes_mean; or NULL. state_weights: (hidden); term is their product with the pooled
+ * state. NULL, as always with EVERY_TOKEN: term is not used. */
+int run_exit(const Exits *e, int layer, const float *hidden, int tokens, const float *mean, const float *state_weights,
+             float *logits, float *distances, float *term);
 
 /* The decision of one model about a text: where the text exits, and the readings there. */
 typedef struct {
@@ -41,6 +42,7 @@ typedef struct {
 
     /* (num_layers + 1, num_labels); with EVERY_TOKEN, logits (num_layers + 1, tokens, num_labels), no distances */
     float *logits, *distances;
+    float *state_terms;        /* (num_layers + 1); NULL unless the signal has state_weights */
     float *states;             /* (num_states, hidden): mean of the tokens after each layer; or NULL */
     int num_states;            /* num_layers + 1 or, without the last layer, num_layers */
     Reading *readings;         /* readings of the exits computed so far; space for num_layers + 1 */

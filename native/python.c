@@ -447,14 +447,16 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
     return done(ok, b, 3);
 }
 
-/* run_exit(exits, layer, hidden (T, H), logits (K), distances (K)); distances may be None without a metric space. With
- * exits for each token, logits is (T, K). */
+/* run_exit(exits, layer, hidden (T, H), logits (K), distances (K), state_weights=None (H)) → the product of
+ * state_weights with the pooled state, or 0; distances may be None without a metric space. With exits for each token,
+ * logits is (T, K). */
 static PyObject *py_run_exit(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, failed = 0;
-    Py_buffer b[3] = {0};
-    Py_buffer *from = &b[0], *logits = &b[1], *distances = &b[2];
-    if (!PyArg_ParseTuple(args, "Oiy*w*z*", &capsule, &number, from, logits, distances)) return NULL;
+    float term = 0.0f;
+    Py_buffer b[4] = {0};
+    Py_buffer *from = &b[0], *logits = &b[1], *distances = &b[2], *weights = &b[3];
+    if (!PyArg_ParseTuple(args, "Oiy*w*z*|z*", &capsule, &number, from, logits, distances, weights)) return NULL;
     const Exits *e = exits_of(capsule);
     int ok = e != NULL && in_range(e->num_layers, number, 0) &&
              require(e->at[number].is_set, "this layer has no exit");
@@ -466,15 +468,18 @@ static PyObject *py_run_exit(PyObject *self, PyObject *args) {
              require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
              require(head->metric || !distances->buf, "this layer has no metric space, so no distances") &&
              require(!head->metric || (distances->buf && !distances->readonly), "distances is missing or read-only") &&
-             (!head->metric || holds(distances, labels, 4, "distances"));
+             (!head->metric || holds(distances, labels, 4, "distances")) &&
+             (!weights->buf || (holds(weights, e->hidden, 4, "state_weights") &&
+                                require(e->pooling != EVERY_TOKEN, "exits for each token have no pooled state")));
         if (ok) {
             Py_BEGIN_ALLOW_THREADS;
-            failed = run_exit(e, number, from->buf, (int)tokens, NULL, logits->buf, distances->buf);
+            failed = run_exit(e, number, from->buf, (int)tokens, NULL, weights->buf, logits->buf, distances->buf, &term);
             Py_END_ALLOW_THREADS;
             ok = require(!failed, "out of memory");
         }
     }
-    return done(ok, b, 3);
+    for (int i = 0; i < 4; i++) PyBuffer_Release(&b[i]);
+    return ok ? PyFloat_FromDouble(term) : NULL;
 }
 
 /* Set the weights of a signal; true if it is known and its weights, if any, are for `layers` layers. Otherwise sets an
@@ -497,7 +502,7 @@ static int has_flag(Flag *flag, const Py_buffer *chosen, const Py_buffer *thresh
 }
 
 /* The buffers of a text, and of a decision about it. */
-enum { PASS_BUFFERS = 3, DECISION_BUFFERS = 9 };
+enum { PASS_BUFFERS = 3, DECISION_BUFFERS = 11 };
 
 typedef struct {
     Decision *decisions;
@@ -509,9 +514,9 @@ typedef struct {
 /* Fill a decision and its buffers from a tuple (see py_forward); returns 0, with an error set, if it is invalid. */
 static int open_decision(const Model *m, PyObject *tuple, int tokens, Decision *d, Py_buffer *b) {
     PyObject *capsule;
-    if (!PyArg_ParseTuple(tuple, "Odidz*ipdz*z*w*w*z*z*iz*z*p", &capsule, &d->tau, &d->signal.code, &d->signal.lam, &b[0],
-                          &d->deepest, &d->ask_all, &d->tau_factor, &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &d->outside,
-                          &b[7], &b[8], &d->flag.is_below))
+    if (!PyArg_ParseTuple(tuple, "Odidz*z*ipdz*z*w*w*z*z*z*iz*z*p", &capsule, &d->tau, &d->signal.code, &d->signal.lam, &b[0],
+                          &b[9], &d->deepest, &d->ask_all, &d->tau_factor, &b[1], &b[2], &b[3], &b[4], &b[10], &b[5],
+                          &b[6], &d->outside, &b[7], &b[8], &d->flag.is_below))
         return 0;
     const Exits *e = d->exits = exits_of(capsule);
     if (e == NULL || !require(e->hidden == m->hidden && e->num_layers <= m->num_layers, "the exits are of another encoder"))
@@ -526,8 +531,12 @@ static int open_decision(const Model *m, PyObject *tuple, int tokens, Decision *
              (!b[5].buf || ((b[5].len == (Py_ssize_t)(layers * e->hidden * 4) ||
                              holds(&b[5], (layers - 1) * e->hidden, 4, "states")) &&
                             require(!b[5].readonly, "states is read-only"))) &&
-             has_flag(&d->flag, &b[7], &b[8], (int)labels);
+             has_flag(&d->flag, &b[7], &b[8], (int)labels) &&
+             (!b[9].buf || (holds(&b[9], layers * e->hidden, 4, "state_weights") && holds(&b[10], layers, 4, "state_terms") &&
+                            require(!each && b[10].buf && !b[10].readonly, "state_terms cannot be written")));
     if (!ok) return 0;
+    d->signal.state_weights = b[9].buf;
+    d->state_terms = b[9].buf ? b[10].buf : NULL;
     d->thresholds = b[1].buf;
     d->far = b[2].buf;
     d->logits = b[3].buf;
@@ -632,9 +641,12 @@ static PyObject *exit_list(const Pass *p) {
  * exit: (layer, seconds, is_below_tau, is_far, readings), see reading_list; None if the model has not decided. Seconds
  * are those of the text in this call, in an exit until that exit.
  * texts: [(ids int64 (T), types int64 (T) or None, hidden, [decision])], where hidden is float32 (T, H), or None if the
- * call runs all layers. decision: (exits, tau, signal, lam, weights, deepest, ask_all, tau_factor, thresholds, far,
- * logits, distances, states, counted, outside, flag, least, is_below), for each model that has not yet decided, where
+ * call runs all layers. decision: (exits, tau, signal, lam, weights, state_weights, deepest, ask_all, tau_factor,
+ * thresholds, far, logits, distances, state_terms, states, counted, outside, flag, least, is_below), for each model that
+ * has not yet decided, where
  *   weights: float64 (num_layers + 1, 5) for the signal risk, or None
+ *   state_weights: float32 (num_layers + 1, H) for the signal risk, or None
+ *   state_terms: float32 (num_layers + 1) if there are state_weights, filled at the exits that are computed; or None
  *   thresholds: float64 (K) for a multi-label model, or None
  *   far: float64 (num_layers + 1), or None
  *   logits, distances: float32 (num_layers + 1, K), filled at the exits that are computed; with exits for each token,
@@ -680,8 +692,8 @@ static PyObject *py_forward(PyObject *self, PyObject *args) {
 
 /* ---- the rule, for the tests ------------------------------------------------------------------------ */
 
-/* score(exits, signal, lam, weights, thresholds). exits: [(logits (K), distances (K) or None)], of layers 0, 1, …
- * thresholds: float64 (K) of a multi-label model, or None. */
+/* score(exits, signal, lam, weights, thresholds). exits: [(logits (K), distances (K) or None, state_term=0)], of layers
+ * 0, 1, … thresholds: float64 (K) of a multi-label model, or None. */
 static PyObject *py_score(PyObject *self, PyObject *args) {
     PyObject *list;
     Signal signal;
@@ -693,12 +705,14 @@ static PyObject *py_score(PyObject *self, PyObject *args) {
     int ok = require(count >= 1 && count <= MAX_LAYERS + 1, "1 to 101 exits") && has_signal(&signal, &weights, count);
     for (int i = 0; ok && i < count; i++) {
         Py_buffer b[2] = {0};
-        ok = PyArg_ParseTuple(PyList_GetItem(list, i), "y*z*", &b[0], &b[1]);
+        double term = 0.0;
+        ok = PyArg_ParseTuple(PyList_GetItem(list, i), "y*z*|d", &b[0], &b[1], &term);
         int labels = (int)(b[0].len / 4);
         ok = ok && require(labels >= 1, "no logits") && holds(&b[0], labels, 4, "logits") &&
              (!b[1].buf || holds(&b[1], labels, 4, "distances"));
         ok = ok && (!thresholds.buf || holds(&thresholds, labels, 8, "thresholds"));
         if (ok) readings[i] = read_exit(i, b[0].buf, b[1].buf, thresholds.buf, labels);
+        if (ok) readings[i].state_term = term;
         for (int j = 0; j < 2; j++) PyBuffer_Release(&b[j]);
     }
     double value = ok ? score(signal, readings, count) : 0.0;
@@ -750,7 +764,7 @@ static PyMethodDef methods[] = {
     {"set_exit_norm", py_set_exit_norm, METH_VARARGS, "set_exit_norm(exits, layer, scale, shift, epsilon, is_of_head)"},
     {"set_head", py_set_head, METH_VARARGS, "set_head(exits, dense, bias, activation, pooling)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to)"},
-    {"run_exit", py_run_exit, METH_VARARGS, "run_exit(exits, layer, hidden, logits, distances)"},
+    {"run_exit", py_run_exit, METH_VARARGS, "run_exit(exits, layer, hidden, logits, distances, state_weights=None)"},
     {"forward", py_forward, METH_VARARGS, "forward(model, texts, first, last, at_idle=False)"},
     {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights, thresholds): the exits of layers 0, 1, …"},
     {"score_tokens", py_score_tokens, METH_VARARGS, "score_tokens(logits, counted, num_labels, outside, weights)"},

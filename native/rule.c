@@ -166,7 +166,7 @@ double score(Signal signal, const Reading *readings, int count) {
     }
     case RISK: {
         const double *w = signal.weights + RISK_FEATURES * last->layer;
-        return 1.0 / (1.0 + exp(-clip(risk_logit(w, last), -700.0, 700.0)));
+        return 1.0 / (1.0 + exp(-clip(risk_logit(w, last) + last->state_term, -700.0, 700.0)));
     }
     default:
         return NAN;

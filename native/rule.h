@@ -21,6 +21,7 @@ typedef struct {
     double margin;                  /* the two highest logits' difference; multi-label: least distance to a threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
+    double state_term;              /* the exit's pooled state times the signal's weights of it; 0 if it has none */
     double score;                   /* the signal's score, in [0, 1]; NaN: undefined at this exit */
 } Reading;
 
@@ -32,6 +33,7 @@ typedef struct {
     int code;
     double lam;           /* EDR's weight of the distance ratio */
     const double *weights; /* RISK's, (num_layers + 1, RISK_FEATURES): see exits/signals.py; NaN: no exit */
+    const float *state_weights; /* (num_layers + 1, hidden), for Reading.state_term; NULL: none */
 } Signal;
 
 /* What a guard looks for: see Flag in exits/flags.py. */

@@ -107,7 +107,7 @@ def test_a_session_reads_no_tensor_from_another_file(store: Path, monkeypatch: p
 
 def test_a_manifest_is_read_within_limits(tmp_path: Path) -> None:
     manifest = json.loads(CALIBRATED)
-    for rows, message in ((200_000, "at most 5000"), (1_000_000, "at most 1048576 are expected")):
+    for rows, message in ((200_000, "at most 5000"), (1_000_000, "at most 2097152 are expected")):
         manifest["calibration"]["table"] = [{}] * rows
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(StoreError, match=message):

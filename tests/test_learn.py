@@ -524,6 +524,8 @@ def test_the_model_answers_as_the_fit_measured(
             assert step.logits is not None
             distances = None if step.distances is None else step.distances.tolist()
             passed.append(CLASSES.read(layer, step.logits.tolist(), distances))
+            if signal.state_weights is not None:
+                passed[-1].state_term = float(step.hidden[0].mean(0) @ signal.state_weights[layer])
             score = signal.score(passed)
             if score is not None and row.audited.scores[layer] is not None:
                 worst.append(abs(score - row.audited.scores[layer]))

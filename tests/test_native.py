@@ -23,7 +23,7 @@ from onnx import ModelProto, TensorProto
 
 from de3.exits.flags import Flag
 from de3.exits.kinds import CLASSES, Classes, Kind, Labels, Value
-from de3.exits.reading import Reading
+from de3.exits.reading import ClassReading, Reading
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr, Entropy, Risk, Signal
 from de3.model_store.architecture import Architecture, Head
@@ -168,12 +168,14 @@ def logits_of(group: list[np.ndarray], model: Any, exits: Any, types: np.ndarray
             0,
             0.0,
             None,
+            None,
             1,
             True,
             1.0,
             None,
             None,
             *values,
+            None,
             None,
             None,
             -1,
@@ -414,6 +416,9 @@ def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
         weights = st.tuples(
             *[st.floats(-1, 1)] * 4, st.sampled_from([0.0, 0.5]) if kind == "classes" else st.just(0.0)
         )
+        if kind == "classes":  # with and without weights of the state
+            of_state = st.integers(0, 99).map(lambda n: np.random.default_rng(n).normal(0, 0.3, 64).tolist())
+            weights |= st.builds(lambda few, more: (*few, *more), weights, of_state)
         risk = st.tuples(*[weights] * layers[-1], st.none()).map(Risk)
         others = {"classes": [Entropy(), Edr(0.5), Edr(4.0)], "labels": [Entropy()], "value": []}[kind]
         limits = [draw(st.floats(0.1, 0.9)) for _ in range(labels)]
@@ -549,8 +554,12 @@ def test_the_decision_is_that_of_the_exit_rule(
     if data.draw(st.integers(0, 9)) == 0:
         passed[-1][0][data.draw(st.integers(0, classes - 1))] = math.nan
     rule = ExitRule(0.5, signal, kind=of)
-    expected = signal.score([of.read(layer, *exit_) for layer, exit_ in enumerate(passed)])
-    buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
+    readings = [of.read(layer, *exit_) for layer, exit_ in enumerate(passed)]
+    term = data.draw(st.just(0.0) | st.floats(-1e3, 1e3, width=32)) if kind == "classes" else 0.0
+    if isinstance(last := readings[-1], ClassReading):
+        last.state_term = term
+    expected = signal.score(readings)
+    buffers = [(np.float32(x), None if y is None else np.float32(y), term) for x, y in passed]
     table = of.table if isinstance(of, Labels) else None
     score = kernels.score(buffers, signal.code, signal.lam or 0.0, signal.table, table)
     taus = [0.0, 1.0, data.draw(st.floats(0, 1))]
@@ -677,10 +686,11 @@ def test_a_wrong_argument_is_an_error_not_a_crash_and_leaves_nothing_in_use() ->
     space = np.zeros((64, 32), np.int8), floats(32), floats(32), floats(3, 32)
     exit_, no_space = (floats(3, 64), np.arange(3, dtype=np.float32)), (b"",) * 4
     head = exits, floats(64, 64), row, 0, 1
-    decision = (exits, 0.5, 2, 1.0, weights, 1, False, 1.0, None, np.ones(2), floats(2, 3), floats(2, 3))
-    decision += floats(2, 64), None, False, np.int32([0, 2]), np.zeros(2), False
-    of_labels = *decision[:8], np.zeros(3), *decision[9:15], None, None, False
-    of_tokens = each, *decision[1:9], None, floats(2, 2, 3), bytearray(), None, bytes(2), *decision[14:]
+    decision = (exits, 0.5, 2, 1.0, weights, floats(2, 64), 1, False, 1.0, None, np.ones(2), floats(2, 3))
+    decision += floats(2, 3), floats(2), floats(2, 64), None, False, np.int32([0, 2]), np.zeros(2), False
+    of_labels = *decision[:9], np.zeros(3), *decision[10:17], None, None, False
+    of_tokens = each, *decision[1:5], None, *decision[6:10], None, floats(2, 2, 3), bytearray(), None
+    of_tokens += None, bytes(2), *decision[16:]
     texts = [(ids, types, hidden, [decision] * 16), (ids, types, hidden, [of_labels, of_tokens])]
     forward = kernels.forward, model, texts, 0, 1
     with pytest.raises(ValueError, match="not complete"):
@@ -756,6 +766,8 @@ def test_a_wrong_argument_is_an_error_not_a_crash_and_leaves_nothing_in_use() ->
         (kernels.run_exit, exits, 0, hidden, bytes(12), floats(3)),
         (kernels.run_exit, exits, 1, hidden, floats(3), floats(3)),  # no metric space
         (kernels.run_exit, other, 0, floats(1, 128), floats(3), None),  # no exit
+        (kernels.run_exit, exits, 0, hidden, floats(3), floats(3), floats(63)),
+        (kernels.run_exit, each, 1, hidden, floats(2, 3), None, row),
         *((kernels.forward, model, wrong, 0, 1) for wrong in ([], texts * 33)),
         (kernels.forward, model, texts, 1, 0),
         (kernels.forward, model, [text(hidden=None)], 0, 0),
@@ -765,10 +777,14 @@ def test_a_wrong_argument_is_an_error_not_a_crash_and_leaves_nothing_in_use() ->
                 *(text(decisions=wrong) for wrong in ([], [decision] * 17, (decision,), [None])),
                 *(without(0, wrong) for wrong in (model, other)),
                 *(without(4, wrong) for wrong in (None, b"")),
-                *(without(n, bytes(decision[n])) for n in (10, 11, 12)),
-                text(decisions=[(*of_tokens[:13], None, *of_tokens[14:])]),
-                *(without(15, np.int32(wrong)) for wrong in ([0, 3], [-1, 2], [0])),
-                without(16, None),
+                *(without(n, bytes(decision[n])) for n in (11, 12, 13, 14)),
+                without(13, None),
+                text(
+                    decisions=[(*of_tokens[:5], floats(2, 64), *of_tokens[6:13], floats(2), *of_tokens[14:])]
+                ),
+                text(decisions=[(*of_tokens[:15], None, *of_tokens[16:])]),
+                *(without(17, np.int32(wrong)) for wrong in ([0, 3], [-1, 2], [0])),
+                without(18, None),
                 *(text(ids=wrong) for wrong in (bad, ids - 1)),
                 *(text(types=wrong) for wrong in (types + 2, None)),
                 *(text(hidden=bytes(hidden)), text(ids=no_text, types=no_text, hidden=None)),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,25 +68,28 @@ def test_a_feature_that_hardly_varies_for_its_size_gets_no_weight() -> None:
 def test_no_fit_scores_a_group_that_it_saw(n: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     group = np.random.default_rng(0).integers(0, groups, n)
     r = recorded(n)
-    number = {row.tobytes(): i for i, row in enumerate(r.logits)}
-    scored: list[int] = []
+    number = {row.tobytes(): i for i, exits in enumerate(r.risk_features) for row in exits}
+    scored, seen = list[int](), list[set[int]]()
 
-    class Spy:
-        def __init__(self, seen: Recorded) -> None:
-            self.seen = {int(group[number[row.tobytes()]]) for row in seen.logits}
+    fit = risk._Exit.fit
 
-        def scores(self, asked: Recorded) -> np.ndarray:
-            rows = [number[row.tobytes()] for row in asked.logits]
-            assert self.seen and not self.seen & set(group[rows].tolist())
-            scored.extend(rows)
-            return np.zeros(asked.logits.shape[:2])
+    def spy(self: Any) -> Any:
+        seen.append({number[row.tobytes()] for row in self.features})
+        return fit(self)
 
-    monkeypatch.setattr(risk, "fit", Spy)
+    def probabilities(self: Any, weights: Any) -> Any:
+        rows = [number[row.tobytes()] for row in self.features]
+        assert seen[-1] and not set(group[list(seen[-1])].tolist()) & set(group[rows].tolist())
+        scored.extend(rows)
+        return np.zeros(len(rows))
+
+    monkeypatch.setattr(risk._Exit, "fit", spy)
+    monkeypatch.setattr(risk._Exit, "probabilities", probabilities)
     scores = risk.cross_fit(r, group)
     if len(set(group.tolist())) == 1:  # there is no other group to fit it on
         assert scored == [] and np.isnan(scores).all()
     else:
-        assert sorted(scored) == list(range(n)) and not scores.any()
+        assert sorted(scored) == sorted(2 * list(range(n))) and not scores[:, :2].any()  # at two exits
 
 
 def test_scores_of_any_size_are_probabilities_or_nan() -> None:
@@ -94,6 +98,25 @@ def test_scores_of_any_size_are_probabilities_or_nan() -> None:
     assert signal.score(readings[:1]) == pytest.approx(1)
     assert 0 < (signal.score(readings) or 0) < 1e-300
     assert math.isnan(signal.score([read(0, [math.nan, 0.0], None)]) or 0)
+
+
+@pytest.mark.parametrize(("n", "of_a_group", "weighs"), [(600, 1, True), (600, 30, False), (40, 1, False)])
+def test_the_state_is_weighed_only_if_it_helps_on_other_groups(n: int, of_a_group: int, weighs: bool) -> None:
+    """Not if it only tells the groups apart, or if few samples differ."""
+    rng = np.random.default_rng(1)
+    groups = np.arange(n) // of_a_group
+    states = rng.normal(size=(n, 8)).astype(np.float32)[groups]
+    differs = (states[:, 0] > 1) if of_a_group == 1 else (rng.random(n) < 0.4)[groups]
+    logits = np.zeros((n, 2, 2), np.float32)
+    logits[:, 0, 0], logits[:, 1, 1] = 1, np.where(differs, 2, -2)
+    r = Recorded([0, 1], logits, np.full_like(logits, np.nan), np.zeros(n, np.int64), states=lambda _: states)
+    fitted = risk.fit(r, groups)
+    assert len(fitted.weights[0] or ()) == (13 if weighs else 5)
+    rows = rng.permutation(n)
+    parts = [r.rows(rows[: n // 2]), r.rows(rows[n // 2 :])]
+    assert np.allclose(fitted.scores(Recorded.joined(parts))[:, 0], fitted.scores(r)[rows, 0])
+    for scores in (fitted.scores(r), risk.cross_fit(r, groups)):
+        assert (scores[differs, 0].mean() > 2 * scores[~differs, 0].mean()) == weighs
 
 
 def test_each_exit_is_fitted_to_its_own_disagreement() -> None:

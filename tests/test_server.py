@@ -63,6 +63,8 @@ def expected(model: Model, steps: list[Any], tau: float, signal: Signal) -> dict
         assert step.logits is not None
         distances = None if step.distances is None else step.distances.tolist()
         reading = read(layer, step.logits.tolist(), distances)  # test_rule.py compares it with the paper
+        if signal.state_weights is not None:
+            reading.state_term = float(step.hidden[0].mean(0) @ signal.state_weights[layer])
         score = signal.score([reading])
         last = layer == model.manifest.num_layers
         if last or (score is not None and score < tau):

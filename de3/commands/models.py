@@ -63,10 +63,12 @@ def models_show(
     model: Annotated[str, typer.Argument(help="Model, as name, name:version or folder.")],
     store: StoreOption = Path("models"),
 ) -> None:
-    """Print a model's manifest as JSON, without the calibration table, which has hundreds of rows, and
+    """Print a model's manifest as JSON, without the calibration table, which has hundreds of rows, risk and
     label_risk."""
     manifest = _open(store, model).manifest
-    text = manifest.model_dump_json(indent=2, exclude={"calibration": {"table"}, "label_risk": True})
+    text = manifest.model_dump_json(
+        indent=2, exclude={"calibration": {"table"}, "risk": True, "label_risk": True}
+    )
     print("\n".join(map(printable, text.split("\n"))))
 
 
