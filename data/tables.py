@@ -386,9 +386,9 @@ def labels_in(cell: str, multi_label: bool) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in cell.split(JOINT) if name.strip()))
 
 
-def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
+def read_groups(records: Iterable[tuple[str, Any]], column: str, option: str = "--group-column") -> list[str]:
     """The group of each record, from a column; raises ValueError if it is missing, null or blank."""
-    return [str(_value(record, column, where, "--group-column")).strip() for where, record in records]
+    return [str(_value(record, column, where, option)).strip() for where, record in records]
 
 
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[TextOrPair, str]]:

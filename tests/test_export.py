@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from de3.export.calibrate import CalibrationPart
 from de3.export.errors import ExportError
 from de3.export.exporter import ExportSettings
 from de3.export.full_depth import export_full_depth
+from de3.export.group_report import group_table, groups_of
 from de3.export.record import record
 from de3.export.weights import StateFile
 from de3.model_store.graph import quantize
@@ -154,15 +156,14 @@ def test_exits_in_int8_are_compared_with_those_in_fp32(capsys: pytest.CaptureFix
     artifact, opened = Store(folder / "store").open("plain-int8"), Checkpoint(folder / "checkpoint")
     manifest, certify = artifact.manifest, opened.held_out("certify")
     int8 = record(Model(artifact), certify)
-    encoded = encode(certify, opened.tokenizer, manifest.max_tokens)
-    fp32 = predict(opened.model, encoded, opened.tokenizer.pad_token_id)
+    fp32 = record(Model(Store(folder / "store").open("plain")), certify, for_fit=True)
     rule = ExitRule(manifest.defaults.tau, manifest.default_signal)
     share = exporter.same_exit(int8, fp32, rule)
     assert manifest.export["int8"]["same_exit"] == pytest.approx(share) and 0.5 < share <= 1
     capsys.readouterr()
     assert exporter.same_exit(int8, int8, rule) == 1
     assert "100.0% of the certifying samples" in (said := capsys.readouterr().err) and "warning" not in said
-    other = Recorded(int8.exit_layers, -int8.logits, int8.distances, int8.labels)
+    other = replace(int8, logits=-int8.logits)
     assert exporter.same_exit(int8, other, rule) < 0.2  # the same exits
     assert "warning" in capsys.readouterr().err
     early, late = recorded([9.0, -1.0], [9.0, -1.0]), recorded([0.1, 0.0], [9.0, -1.0])
@@ -194,7 +195,7 @@ def test_calibration_is_honest() -> None:
     parts = []
     for name in ("tune", "certify"):
         examples = load_examples(folder / f"checkpoint/{name}.jsonl", LABELS)
-        parts.append(CalibrationPart.of(record(Model(artifact), examples), examples))
+        parts.append(CalibrationPart.of(record(Model(artifact), examples, for_fit=True), examples))
     found = exporter.calibrate(*parts, manifest.calibration.max_loss)
     assert manifest.calibration == found.calibration
     assert (manifest.risk, manifest.defaults) == (found.fields()["risk"], found.defaults)
@@ -217,13 +218,31 @@ def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, monkeypatch: p
         assert "EDR λ=2" in output and "distance ratio" in output
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
-        for part in ("risk", "The default by length", "Top probability: differs"):
+        for part in ("risk", "The default by length", "Groups whose", "Top probability: differs"):
             assert (part in output) == (model != checkpoint)  # a checkpoint has no fitted risk yet
         assert ("the calibration's guarantees may not hold for these texts" in output) == bool(more)
     default = Store(store).open("plain-int8").manifest.defaults
     assert f"Default {default.signal}" in output.replace("EDR", "edr")  # the artifact's default
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "plot: skipped (" in (skipped := de3(arguments)) and "-m pip install matplotlib" in skipped
+
+
+def test_evaluate_names_the_groups_that_differ_most_but_not_those_of_a_few_texts() -> None:
+    texts = [("It is n't bad .", "Good .")[i >= 30] for i in range(100)]
+    logits = np.zeros((100, 2, 2), np.float32)
+    logits[:, 0, 1], logits[:, 1, 1] = 1, np.where((np.arange(100) < 12) | (np.arange(100) == 99), -1, 1)
+    found = Recorded([0, 1], logits, np.full_like(logits, np.nan), np.arange(100) % 2, np.arange(100))
+    groups = groups_of(found, texts, ["a", "b"]) | {"user": [*["u"] * 99, "v"]}
+    table = group_table(found, 1.0, Entropy(), groups)
+    by, worst, counts, differ, _, others = ([*column.cells] for column in table.columns)
+    assert by == ["negation", "length", "label", "user"]
+    assert (worst[:2], counts[:2], differ[0], others[0]) == (
+        ["with", "0 to 33 tokens"],
+        ["30", "34"],
+        "40.00%",
+        "1.43%",
+    )
+    assert (worst[3], counts[3], others[3]) == ("u", "99", "100.00%")  # 1 of 1
 
 
 @pytest.mark.parametrize("kind", [CLASSES, Labels.of([0.5, 0.5])])

@@ -58,6 +58,13 @@ def evaluate(
             help="What a guard is to find, as LABEL,LABEL@PROBABILITY: recall and false alarms by threshold."
         ),
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Column whose values group the texts: also report the group whose answers differ most from full "
+            "depth's.",
+        ),
+    ] = None,
     png: Annotated[
         Path | None,
         typer.Option(
@@ -70,7 +77,8 @@ def evaluate(
     """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
 
     Without data, a checkpoint is evaluated on certify.jsonl, which training held out. An artifact runs as in serving,
-    with the same kernels or ONNX Runtime, and its default τ is also evaluated.
+    with the same kernels or ONNX Runtime, and its default τ is also evaluated: by length, and for the groups of texts
+    (negated or not, by length, by label) whose answers differ most from full depth's.
 
     Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
     """
@@ -79,8 +87,7 @@ def evaluate(
     from de3.training import evaluate as evaluation
 
     subject = _open(model, store)
-    if baseline is not None and (original is not None or (file is None and dataset is None)):
-        raise ValueError("--baseline: needs a file or --dataset with labels, without --original")
+    _check_options(subject, file is not None or dataset is not None, original, baseline, by)
     guard = flag and subject.guard(flag)
     other = None if baseline is None else _baseline(baseline, store, subject)
     if file is not None or dataset is not None:
@@ -121,7 +128,8 @@ def evaluate(
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
         if subject.served is not None:
-            _report_artifact(subject.served, recorded, examples, output)
+            groups = {} if by is None else {by: _column(file, dataset, split, columns, by)}
+            _report_artifact(subject.served, recorded, examples, output, groups)
         title = f"{subject.title}, {len(examples)} samples"
         warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, subject.beside))
 
@@ -225,6 +233,16 @@ def _open(name: str, store: Path) -> _Subject:
     )
 
 
+def _check_options(
+    subject: _Subject, has_data: bool, original: str | None, baseline: str | None, by: str | None
+) -> None:
+    """Raise ValueError for --baseline or --by where it does not apply."""
+    if baseline is not None and (original is not None or not has_data):
+        raise ValueError("--baseline: needs a file or --dataset with labels, without --original")
+    if by is not None and (subject.served is None or baseline is not None or not has_data):
+        raise ValueError("--by: needs a model in the store, and a file or --dataset, without --baseline")
+
+
 def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
     """Examples with the original classifier's answers, which replace the labels unless `has_labels`.
 
@@ -324,13 +342,25 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
     return []
 
 
-def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Console) -> None:
-    """Print an artifact's results on recorded samples at its default τ, overall and by text length.
+def _column(file: Path | None, dataset: str | None, split: str, columns: Columns, name: str) -> list[str]:
+    """The value of a column in each row of the data; raises ValueError if it is missing, null or blank."""
+    from de3.data.tables import dataset_records, read_groups, records
+
+    rows = records(file, columns) if file is not None else dataset_records(str(dataset), split)
+    return read_groups(rows, name, "--by")
+
+
+def _report_artifact(
+    served: Any, recorded: Any, examples: list[Any], output: Console, groups: dict[str, list[str]]
+) -> None:
+    """Print an artifact's results on recorded samples at its default τ, overall, by text length and by group.
 
     If it has a calibration, also print its results at the calibration's targets, and at the best τ in hindsight.
+    groups: further ways to group the texts; see export.group_report.
     """
     from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs
+    from de3.export.group_report import group_table, groups_of
     from de3.progress import warn
     from de3.training import evaluate as evaluation
 
@@ -338,6 +368,8 @@ def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Co
     tau, signal, calibration = manifest.defaults.tau, manifest.default_signal, manifest.calibration
     output.print(evaluation.default_line(recorded, tau, signal, times), highlight=False)
     output.print(evaluation.length_table(recorded, tau, signal, times))
+    groups = groups_of(recorded, [e.text for e in examples], manifest.labels) | groups
+    output.print(group_table(recorded, tau, signal, groups))
     if calibration is None:
         return
     certified = [(manifest.signal(*key), TradeOffs(rows)) for key, rows in manifest.trade_offs().items()]

@@ -258,6 +258,29 @@ def flagged(
 
 
 @app.command()
+def state(
+    fitting: Annotated[Path, typer.Argument(help="Texts to fit risk to.")],
+    unseen: Annotated[list[Path], typer.Argument(help="Texts that neither exits nor risk were fitted to.")],
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    text_column: TextColumn = "sentence",
+    json_file: Json = None,
+) -> None:
+    """Compare risk with and without the exits' states, on texts with a negation and on others.
+
+    Example: python -m lab study state tune.jsonl certify.jsonl --text-column text
+    """
+    from lab.studies import state as study
+
+    loaded = open_model(store, model)
+    fit, *others = ([sample.text for sample in read(file, text_column)] for file in (fitting, *unseen))
+    texts = [text for one in others for text in one]
+    parts = study.recorded(loaded, fit, "texts to fit to"), study.recorded(loaded, texts, "unseen texts")
+    rows = study.study(*parts, texts)
+    show(*study.table(rows), json_file, rows)
+
+
+@app.command()
 def tenants(
     home: Annotated[Path, typer.Argument(help="Texts of the tenants.")],
     store: Store = Path("models"),

@@ -32,6 +32,10 @@ def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: P
     speeds = {name: row["speedup"] for name, row in numbers["policy"]["away"].items()}
     assert speeds["flag"] >= speeds["deepen"] >= speeds["far to full depth"]
 
+    lab(f"study state {tune} {certify} {common}")
+    rows = json.loads((tmp_path / "numbers.json").read_text())
+    assert len(rows) == 6 and all(row["all"] <= row["limit"] for row in rows)
+
     lab(f"study deadlines {texts} {common}")
     assert len(json.loads((tmp_path / "numbers.json").read_text())) == 9
 
