@@ -211,14 +211,16 @@ def test_evaluate_prints_a_table_and_draws_a_plot(tmp_path: Path, monkeypatch: p
     store, checkpoint = folder / "store", folder / "checkpoint"
     png, file, named = tmp_path / "plot.png", tmp_path / "texts.tsv", f"plain-int8:1 --store {store}"
     for model, more in ((checkpoint, ""), (store / "plain-int8/1", ""), (named, " and it was so" * 9)):
-        rows = [f"{text}{more}\t{LABELS[int(label)]}\n" for text, label in make_rows(40, 1)]
-        file.write_text("sentence\tlabel\n" + "".join(rows))
-        arguments = f"evaluate {model} {file} --text-column sentence --png {png}"
+        made = enumerate(make_rows(40, 1))
+        rows = [f"{text}{more}\t{LABELS[int(label)]}\tuser{i % 2}\n" for i, (text, label) in made]
+        file.write_text("sentence\tlabel\tsender\n" + "".join(rows))
+        by = " --by sender" * (model != checkpoint)
+        arguments = f"evaluate {model} {file} --text-column sentence --png {png}{by}"
         output = de3(arguments)
         assert "EDR λ=2" in output and "distance ratio" in output
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
-        for part in ("risk", "The default by length", "Groups whose", "Top probability: differs"):
+        for part in ("risk", "The default by length", "sender", "Top probability: differs"):
             assert (part in output) == (model != checkpoint)  # a checkpoint has no fitted risk yet
         assert ("the calibration's guarantees may not hold for these texts" in output) == bool(more)
     default = Store(store).open("plain-int8").manifest.defaults
