@@ -169,7 +169,9 @@ def _newton(z: Floats, targets: Floats, ridge: Floats, w: Floats) -> Floats:
     for _ in range(MAX_STEPS):
         p = 1 / (1 + np.exp(-np.clip(z @ w, -500, 500)))
         gradient = z.T @ (p - targets) + ridge * w
-        root = (z * np.sqrt(p * (1 - p))[:, None]).astype(np.float32 if z.shape[1] > FEATURES else np.float64)
+        root: NDArray[np.floating] = z * np.sqrt(p * (1 - p))[:, None]
+        if z.shape[1] > FEATURES:
+            root = root.astype(np.float32)
         step = np.linalg.solve(root.T @ root + np.diag(ridge), gradient)
         decrement = float(gradient @ step)
         while (new := _loss(z, targets, w - step, ridge)) > loss and decrement > MAX_DECREMENT:
