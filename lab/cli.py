@@ -311,6 +311,27 @@ def guards(
 
 
 @app.command()
+def guard_stream(
+    store: options.Store,
+    model: options.ModelName,
+    texts: options.Texts,
+    flag: Annotated[str, typer.Option(help="The flag: see de3 serve --flag.")],
+    text_column: options.TextColumn = "text",
+    limit: Annotated[float, typer.Option(help="The guaranteed rate of missed texts.")] = 0.02,
+    port: options.Port = 8100,
+) -> None:
+    """Send texts once through /classify of a guard under --guarantee-missed; compare its flags with full depth's.
+
+    Example: python -m lab guard-stream --store models --model intents --texts stream.jsonl --flag oos
+    """
+    from lab import guards as study
+
+    found = list(dict.fromkeys(one.text for one in read(texts, text_column) if isinstance(one.text, str)))
+    for line in study.stream(store, model, flag, limit, found, port):
+        print(line)
+
+
+@app.command()
 def heads(
     store: options.Store,
     texts: options.Texts,

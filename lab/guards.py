@@ -1,4 +1,4 @@
-"""Throughput of a guard under --guarantee-missed with audits running, beside its full depth and ONNX Runtime."""
+"""A guard under --guarantee-missed: throughput beside full depth and ONNX Runtime, and what it misses."""
 
 import json
 import random
@@ -11,12 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import numpy as np
 
 from de3.loadtest.servers import Server, ours, peer, peer_models, running
 from de3.model_store.store import Store
 from lab.processes import SCRIPT, Load, run_wrk
 
-SEED, BATCH, CONNECTIONS = 5, 20, 16
+SEED, BATCH, STREAM_BATCH, CONNECTIONS = 5, 20, 50, 16
 EVIDENCE = 400  # flagged texts that are sent before measuring
 SHARE = 0.02  # of flagged texts while measuring
 WINDOW = 300  # words that fit into a window
@@ -115,3 +116,41 @@ def _flagged(client: httpx.Client, sentences: Sequence[str]) -> list[bool]:
 
 def _report(client: httpx.Client, model: str) -> dict[str, Any]:
     return dict(client.get(f"/v1/models/{model}/audit").json())
+
+
+def stream(
+    store: Path, model: str, label: str, limit: float, texts: Sequence[str], port: int
+) -> Iterator[str]:
+    """Send texts once, with audits running, and compare the flags with full depth's; yield lines about them.
+
+    Texts must fit into one window.
+    """
+    flag = ["--flag", label]
+    options = ([*flag, "--guarantee-missed", str(limit)], [*flag, "--tau", "0"])
+    answers = list[list[tuple[bool, float]]]()  # flagged, share of the layers run
+    with TemporaryDirectory() as name:
+        for side in options:
+            with (
+                running(ours(store, model, options=side), port, Path(name) / "log") as started,
+                httpx.Client(base_url=started.target.url, timeout=600) as client,
+            ):
+                answers.append(
+                    [
+                        (row["flag"]["flagged"], row["exit"]["layer"] / row["exit"]["num_layers"])
+                        for start in range(0, len(texts), STREAM_BATCH)
+                        for row in client.post(
+                            "/classify", json={"input": texts[start : start + STREAM_BATCH]}
+                        )
+                        .raise_for_status()
+                        .json()["data"]
+                    ]
+                )
+    (flagged, shares), (full, _) = (np.array(one).T for one in answers)
+    early, last = np.flatnonzero(shares < 1), slice(-max(1, len(texts) // 10), None)
+    yield (
+        f"{len(texts):,} texts, {full.mean():.1%} flagged; first early exit after "
+        f"{int(early[0]) + 1 if len(early) else len(texts):,}; in the last tenth "
+        f"{1 / max(shares[last].mean(), 1e-3):.2f}× in layers"
+    )
+    missed, added = (int((one > other).sum()) for one, other in ((full, flagged), (flagged, full)))
+    yield f"missed {missed} of {int(full.sum())}; false alarms added: {added}"
