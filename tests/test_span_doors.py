@@ -61,8 +61,7 @@ def save_finder(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def both(store: Path) -> Path:
+def finders(store: Path) -> Path:
     """A store with a classifier, tiny, and two equal token classifiers, finder and another."""
 
     def make(folder: Path) -> None:
@@ -73,6 +72,11 @@ def both(store: Path) -> Path:
             convert(Stock.open(name, folder / ".stock"), Store(folder), name, "fp32")
 
     return made_once("finder-store", make)
+
+
+@pytest.fixture(scope="module")
+def both(store: Path) -> Path:
+    return finders(store)
 
 
 @pytest.fixture(scope="module")
