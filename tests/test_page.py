@@ -277,7 +277,7 @@ def test_a_multi_label_model_without_exits(tab: Page, full_depth: Server) -> Non
 
 
 def test_full_depth_is_shown_beside_an_early_answer(page: Page) -> None:
-    page.get_by_role("button", name="Not bad.").click()
+    page.fill("#text", "It was not a bad film.")
     expect(page.locator("#summary")).to_contain_text("Full depth disagrees: positive")
     expect(page.locator("#summary strong")).to_contain_text("negative")
     page.get_by_label("Compare with full depth").uncheck()

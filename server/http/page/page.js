@@ -7,7 +7,7 @@ const [POLL_MS, WINDOW_MS, PAUSE_MS, UPSTREAM_PAUSE_MS, MAX_RETRIES] = [2000, 60
 const POLLS_PER_AUDIT = 5; // the results of audits are polled less often: they change slowly
 const MAX_CLASSES = 10; // shown until the user asks for all
 const MAX_SPEEDUP = 100; // a higher one means that nearly all texts exit at layer 0
-// Texts for models like the demo, by labels; early exits get the last one wrong.
+// Texts for models like the demo, by labels; of the last one, layer 0 is too unsure to be taken.
 const EXAMPLES = {
   "negative,positive": [
     "A wonderful film.",
