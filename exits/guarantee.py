@@ -116,7 +116,7 @@ class Profiles(NamedTuple):
 def profiles(
     scores: Sequence[Sequence[float | None]] | betting.Floats,
     differs: Sequence[Sequence[bool]] | NDArray[np.bool_],
-    layers: Sequence[int] | Sequence[Sequence[int]],
+    layers: Sequence[int] | Sequence[Sequence[int]] | betting.Floats,
     taus: NDArray[np.float64],
     blocked: Sequence[Sequence[bool]] | NDArray[np.bool_] | None = None,
 ) -> Profiles:

@@ -33,7 +33,7 @@ class Recorded:
             used.
         kind: what an answer is.
         costs: cost of an answer at each exit, for speed-ups; None: its layer.
-        first_exit: index of the first exit that is used; the risk of earlier ones is 1.
+        unused: indices of the exits that are not used: their risk is 1.
         states: returns the pooled states of an exit but the last, (n, hidden), by its index. They may be read from a
             file, so that only one exit's are in memory. None: not recorded.
     """
@@ -46,7 +46,7 @@ class Recorded:
     original: NDArray[Any] | None = None
     kind: Kind = CLASSES
     costs: list[int] | None = None
-    first_exit: int = 0
+    unused: frozenset[int] = frozenset()
     states: Callable[[int], NDArray[np.float32]] | None = None
 
     ARRAYS: ClassVar[Sequence[str]] = ARRAYS

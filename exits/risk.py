@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from de3.exits.kinds import Classes
 from de3.exits.reading import Weights
 from de3.exits.recorded import Recorded
-from de3.exits.signals import FEATURES, Risk, probabilities
+from de3.exits.signals import FEATURES, UNUSED, Risk, probabilities
 
 Floats = NDArray[np.float64]
 RIDGE = 0.01  # penalty on standardized weights; the loss is summed over samples
@@ -28,7 +28,6 @@ MAX_DECREMENT = 1e-9  # of the loss, in the last step
 FOLDS = 5  # cross-fitting folds
 # Relative to 1 + |mean|; features that vary less are not used, as weights are divided by the spread.
 MIN_SPREAD = 1e-4
-UNUSED: Weights = (50.0, 0.0, 0.0, 0.0, 0.0)  # of an exit that is not used: a risk of 1
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def fit(recorded: Recorded, groups: NDArray[np.int64] | None = None) -> Risk:
     features = recorded.risk_features
     weights: list[Weights | None] = [None] * (recorded.exit_layers[-1] + 1)
     for j, layer in enumerate(recorded.exit_layers[:-1]):
-        is_used = j >= recorded.first_exit
+        is_used = j not in recorded.unused
         weights[layer] = tuple(_exit_of(recorded, j, features, groups).fit().tolist()) if is_used else UNUSED
     return Risk(tuple(weights))
 
@@ -130,7 +129,7 @@ def cross_fit(recorded: Recorded, groups: NDArray[np.int64] | None = None) -> Fl
         fold = _folds(one.groups, FOLDS)
         for inside in (fold == k for k in range(FOLDS)):
             if inside.any() and not inside.all():
-                is_used = j >= recorded.first_exit
+                is_used = j not in recorded.unused
                 weights = one.rows(~inside).fit() if is_used else np.array(UNUSED)
                 scores[inside, j] = one.rows(inside).probabilities(weights)
     return scores

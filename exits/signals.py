@@ -24,6 +24,7 @@ from de3.exits.recorded import Recorded
 MAX_LAM = 100.0
 DEFAULT_LAM = 1.0
 FEATURES = 5  # number of Risk's features at each exit
+UNUSED: Weights = (50.0, 0.0, 0.0, 0.0, 0.0)  # of Risk at an exit that is not used: always 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,9 @@ class Signal(Protocol):
         lam: EDR's λ, 1 if None; always None for other signals.
         """
 
+    def may_exit(self, layer: int) -> bool:
+        """False if no sample exits at this layer, so that its exit need not be computed."""
+
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The score of one sample, in [0, 1], from its readings up to this exit; None if the exit has no score."""
 
@@ -115,6 +119,10 @@ class Entropy:
         """The signal for a model; raises ValueError for a regression model and a token classifier."""
         model.check_has_classes(cls.name, exclusive=False)
         return cls()
+
+    def may_exit(self, layer: int) -> bool:
+        """True: all exits are used."""
+        return True
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The normalized entropy at this exit."""
@@ -141,6 +149,10 @@ class Edr:
         """The signal for a model; raises ValueError unless its classes are mutually exclusive."""
         model.check_has_classes(cls.name, exclusive=True)
         return cls(DEFAULT_LAM if lam is None else lam)
+
+    def may_exit(self, layer: int) -> bool:
+        """True: all exits are used."""
+        return True
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """EDR at this exit; None if the exit has no prototypes."""
@@ -202,6 +214,10 @@ class Risk:
         if model.risk is None:
             raise ValueError(f"{model.name} has no risk; de3 calibrate adds it")
         return cls(model.risk)
+
+    def may_exit(self, layer: int) -> bool:
+        """False for an exit that is not used."""
+        return self.weights[layer] != UNUSED
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The risk at this exit; None at the last exit, and at one without the prototypes that its weights need."""

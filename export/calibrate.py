@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from de3.data.examples import Example
 from de3.data.split import groups_of
-from de3.exits import calibration, risk
+from de3.exits import calibration, risk, worth
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
 from de3.exits.flags import Flag
@@ -49,6 +49,11 @@ class CalibrationPart:
         is_whole = np.array([not e.is_fragment for e in examples])
         return cls(Samples(recorded, groups_of(examples)), is_whole)
 
+    def without(self, unused: frozenset[int]) -> "CalibrationPart":
+        """The part, for a risk that does not use these exits."""
+        recorded = replace(self.samples.recorded, unused=unused)
+        return replace(self, samples=replace(self.samples, recorded=recorded))
+
     @property
     def whole(self) -> Samples:
         """The whole texts."""
@@ -81,6 +86,7 @@ def calibrate(
     self_labelled: bool = False,
     may_pool: bool = True,
     guard: tuple[Wanted, Flag] | None = None,
+    exit_cost: float = 0.0,
 ) -> Calibrated:
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
@@ -90,7 +96,7 @@ def calibrate(
 
     max_loss: limit on the accuracy lost against full depth, as a fraction. wanted: the default signal, or auto.
     self_labelled: true if the labels are the original model's answers, or full depth's. guard: the flag for which
-    missed texts are certified, by name and of this model; None: none.
+    missed texts are certified, by name and of this model; None: none. exit_cost: see `worth.unprofitable`.
 
     Raises ValueError for a signal that the model does not have.
     """
@@ -104,9 +110,13 @@ def calibrate(
             soft_wrap=True,
             highlight=False,
         )
+    crossed = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
+    unused = worth.unprofitable(tune.whole.recorded, crossed, exit_cost)
+    tune, certify = tune.without(unused), certify.without(unused)
+    crossed[:, sorted(unused)] = 1.0
     fitting = joined([tune.samples, certify.samples]) if pooled else tune.samples
     fitted = risk.fit(fitting.recorded, fitting.groups)
-    signals = _rivals(tune, fitted)
+    signals = _rivals(tune.whole, fitted, crossed)
     name = _choose(signals) if wanted == "auto" else wanted
     if name not in signals:
         raise ValueError(f"--signal {name}: not available for this model; give {' or '.join(signals)}")
@@ -170,10 +180,11 @@ def _missed(samples: Samples, scores: Floats, wanted: Wanted, flag: Flag) -> Mis
     return Missed.model_validate(fields | {"flagged": count, "taus": taus, "bounds": rounded})
 
 
-def _rivals(tune: CalibrationPart, fitted: Risk) -> dict[str, tuple[Signal, float]]:
-    """The signals by name (EDR at its best λ), each with its mean speed-up on the tuning samples."""
-    whole = tune.whole
-    scores = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
+def _rivals(whole: Samples, fitted: Risk, scores: Floats) -> dict[str, tuple[Signal, float]]:
+    """The signals by name (EDR at its best λ), each with its mean speed-up on the tuning samples.
+
+    scores: their cross-fitted risk, (n, exits).
+    """
     tables = [
         (signal, calibration.trade_off(whole, signal, FINE_TAUS))
         for signal in calibration.candidates(whole.recorded)

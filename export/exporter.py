@@ -132,6 +132,7 @@ def certified(
         settings.max_loss,
         self_labelled=self_labelled,
         guard=guard_of(settings.flag, exported.manifest),
+        exit_cost=exported.manifest.exit_cost,
     )
     final = Manifest.model_validate({**exported.manifest.model_dump(), **calibrated.fields()})
     if is_int8:

@@ -166,7 +166,7 @@ def _certified(
     )
     tune = CalibrationPart(Samples(fitted.crossed, groups), np.ones(len(groups), np.bool_))
     certify = CalibrationPart.of(recorded, certifying)
-    calibrated = calibrate(tune, certify, max_loss, may_pool=False)
+    calibrated = calibrate(tune, certify, max_loss, may_pool=False, exit_cost=manifest.exit_cost)
     final = Manifest.model_validate(
         {**dict(manifest), **calibrated.fields(), "label_risk": _label_risk(fitted)}
     )

@@ -92,7 +92,10 @@ def fit_exits(
     exits, tune = kind.fit(fitted, limits.differing or 0.0)
     tested = kind.recorded(exits, tests)
     certify = part_of(tested.rows(new), groups_of(tests.part(new)))
-    calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
+    cost = 0.0 if manifest.upstream else manifest.exit_cost
+    calibrated = calibrate(
+        tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False, exit_cost=cost
+    )
     scores = calibrated.risk.scores(tested)
     proved, speedup = _speedups(tested.rows(new), scores[new], limits, error_of(attempt))
     evidence = list(
@@ -119,7 +122,7 @@ class _Texts:
         cross_fitted = fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served)
         cross_fitted = _with_costs(cross_fitted, manifest)
         first = 0 if manifest.upstream is None else _first_exit(cross_fitted, rate)
-        return as_served(exits), part_of(replace(cross_fitted, first_exit=first), texts.groups)
+        return as_served(exits), part_of(replace(cross_fitted, unused=frozenset(range(first))), texts.groups)
 
     def recorded(self, exits: Exits, records: Records) -> Recorded:
         """The outputs of exits for other texts."""

@@ -54,7 +54,11 @@ def recalibrate(
     ]
     _warn_of_full_depth(artifact)
     guard = guard_of(flag, manifest)
-    return _publish(artifact, store, calibrate(parts[0], parts[1], max_loss, signal, guard=guard))
+    return _publish(
+        artifact,
+        store,
+        calibrate(parts[0], parts[1], max_loss, signal, guard=guard, exit_cost=artifact.manifest.exit_cost),
+    )
 
 
 def recalibrate_on_records(
@@ -142,7 +146,8 @@ def _on_own_answers(
     )
     _warn_of_full_depth(artifact)
     guard = guard_of(flag, artifact.manifest)
-    calibrated = calibrate(tune, certify, max_loss, signal, self_labelled=True, guard=guard)
+    cost = artifact.manifest.exit_cost
+    calibrated = calibrate(tune, certify, max_loss, signal, self_labelled=True, guard=guard, exit_cost=cost)
     return _publish(artifact, store, calibrated)
 
 

@@ -30,7 +30,8 @@ class Decision:
         exits: the model's exits.
         rule: the sample exits at the first layer where the signal's score is below the rule's τ.
         deepest: the last layer at which it may exit, one with an exit.
-        ask_all: compute every exit up to `deepest`; if false and τ is 0, only the exit at `deepest` is computed.
+        ask_all: compute every exit up to `deepest`; if false, only the exit at `deepest` and, above τ = 0, those that
+            the signal uses are computed.
         far: by layer, the distance to the nearest prototype above which a sample is out of distribution, (num_layers +
             1,); None for no limit.
         tau_factor: factor by which the rule's τ is multiplied once the sample is out of distribution.
@@ -149,7 +150,8 @@ def _decide(decision: Decision, layer: int, hidden: Array) -> None:
         decision.states[layer] = exits.pooling.mean(hidden)
     # At τ = 0 only the deepest exit is needed. A τ that `mark_ood` multiplied is 0 only if it was 0 before.
     may_exit = rule.tau > 0 and not decision.is_blocked
-    if layer not in exits.layers or not (may_exit or decision.ask_all or layer == decision.deepest):
+    is_asked = may_exit and rule.signal.may_exit(layer)
+    if layer not in exits.layers or not (is_asked or decision.ask_all or layer == decision.deepest):
         return
     logits, found = exits.run(layer, hidden)
     reading: Reading

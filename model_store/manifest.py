@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from de3.exits import worth
 from de3.exits.kinds import Classes, Kind, Spans, kind_of_text
 from de3.exits.reading import Weights
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
@@ -250,6 +251,14 @@ class Manifest(Architecture):
     def full_name(self) -> str:
         """The name and version, as name:version."""
         return f"{self.name}:{self.version}"
+
+    @property
+    def exit_cost(self) -> float:
+        """About how long an exit takes, in layers."""
+        encoder, labels = self.encoder, len(self.labels)
+        return worth.exit_cost(
+            encoder.hidden_size, encoder.inner, labels, self.metric_dim or 0, self.is_spans
+        )
 
     @property
     def exit_costs(self) -> list[int]:

@@ -274,7 +274,8 @@ int run_exit(const Exits *e, int layer, const float *hidden_states, int tokens, 
 }
 
 static int is_asked(int layer, const Decision *d) {
-    return d->exits->at[layer].is_set && (d->ask_all || d->tau > 0.0 || layer == d->deepest);
+    return d->exits->at[layer].is_set &&
+           (d->ask_all || layer == d->deepest || (d->tau > 0.0 && may_exit(d->signal, layer)));
 }
 
 /* Index in Decision.logits of a layer's exit. */

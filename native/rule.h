@@ -60,6 +60,9 @@ int is_blocked(const Flag *flag, const Reading *reading, const float *logits, co
 /* The signal at the last of `count` computed exits of a text, in [0, 1]; NaN: undefined at this exit. */
 double score(Signal signal, const Reading *readings, int count);
 
+/* False if no text exits at this layer: its risk is always 1. */
+int may_exit(Signal signal, int layer);
+
 /* True if the score is below tau; false for NaN. */
 int exits(double score, double tau);
 

@@ -212,7 +212,7 @@ def test_rivals_are_the_risk_fitted_on_other_groups_and_edr_at_its_best_lambda()
         taus = export_calibrate.FINE_TAUS
         return calibration.mean_speedup(calibration.trade_off(part.whole, signal, taus, scores))
 
-    rivals = export_calibrate._rivals(part, fitted)
+    rivals = export_calibrate._rivals(part.whole, fitted, scores)
     assert rivals["risk"] == (fitted, mean_speedup(fitted, scores))
     speedups = {Edr(lam): mean_speedup(Edr(lam)) for lam in calibration.LAMS}
     best, found = rivals["edr"]

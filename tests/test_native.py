@@ -25,7 +25,7 @@ from de3.exits.flags import Flag
 from de3.exits.kinds import CLASSES, Classes, Kind, Labels, Value
 from de3.exits.reading import ClassReading, Reading
 from de3.exits.rule import ExitRule
-from de3.exits.signals import Edr, Entropy, Risk, Signal
+from de3.exits.signals import UNUSED, Edr, Entropy, Risk, Signal
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.encoder import Encoders
 from de3.model_store.families.deberta import Deberta
@@ -419,7 +419,7 @@ def decisions_of_a_text(draw: st.DrawFn) -> list[tuple[int, dict[str, Any]]]:
         if kind == "classes":  # with and without weights of the state
             of_state = st.integers(0, 99).map(lambda n: np.random.default_rng(n).normal(0, 0.3, 64).tolist())
             weights |= st.builds(lambda few, more: (*few, *more), weights, of_state)
-        risk = st.tuples(*[weights] * layers[-1], st.none()).map(Risk)
+        risk = st.tuples(*[weights | st.just(UNUSED)] * layers[-1], st.none()).map(Risk)
         others = {"classes": [Entropy(), Edr(0.5), Edr(4.0)], "labels": [Entropy()], "value": []}[kind]
         limits = [draw(st.floats(0.1, 0.9)) for _ in range(labels)]
         of: Kind = {"labels": Labels.of(limits), "value": Value(0.5)}.get(kind, CLASSES)

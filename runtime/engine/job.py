@@ -84,8 +84,7 @@ class Item:
         monitor = self.job.monitor
         self.is_short = self.text.chars <= 2 * PIECE
         self.is_sampled = monitor is not None and monitor.samples()
-        # Above τ = 0, every exit that the text passes is evaluated in any case.
-        self.asks_all_exits = self.job.asks_all_exits or (self.is_sampled and self.job.choice.rule.tau == 0)
+        self.asks_all_exits = self.job.asks_all_exits or (self.is_sampled and not self.job.asks_first_exit)
         self.progress = Progress()
 
     @property
@@ -271,6 +270,12 @@ class Job:
     def model(self) -> Model:
         """The model that runs the job."""
         return self.served.model
+
+    @property
+    def asks_first_exit(self) -> bool:
+        """True if the first exit of every text is computed in any case."""
+        rule = self.choice.rule
+        return rule.tau > 0 and rule.signal.may_exit(self.model.manifest.exit_layers[0])
 
     @property
     def options(self) -> ExitOptions:
