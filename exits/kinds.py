@@ -33,6 +33,7 @@ class Classes:
     """One of mutually exclusive classes."""
 
     why: ClassVar[str] = "its classes are mutually exclusive"
+    sees_state: ClassVar[bool] = True  # risk may weigh an exit's state; for other kinds, that was not tried
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> ClassReading:
         """The reading of an exit, from its logits and its distances to the prototypes, K each.
@@ -71,6 +72,7 @@ class Labels:
 
     logits: tuple[float, ...]
     table: bytes
+    sees_state: ClassVar[bool] = False
 
     @classmethod
     def of(cls, probabilities: Iterable[float]) -> "Labels":
@@ -119,6 +121,7 @@ class Value:
 
     tolerance: float
     why: ClassVar[str] = "its answer is a number"
+    sees_state: ClassVar[bool] = False
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> ValueReading:
         """The reading of an exit, from its only logit; distances are not used."""
@@ -147,6 +150,7 @@ class Spans:
 
     rule: SpanRule
     why: ClassVar[str] = "its answer is the spans of a text"
+    sees_state: ClassVar[bool] = False
 
     def read(self, layer: int, logits: Array, layout: Layout) -> SpansReading:
         """The reading of an exit, from the logits of the text's tokens, (T, K)."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from de3.exits.kinds import Classes
 from de3.exits.reading import Weights
 from de3.exits.recorded import Recorded
 from de3.exits.signals import FEATURES, UNUSED, Risk, probabilities
@@ -89,8 +88,7 @@ class _Exit:
 def _exit_of(recorded: Recorded, j: int, features: Floats, groups: NDArray[np.int64] | None) -> _Exit:
     """The samples at exit j. features: of all exits, (n, exits, 5)."""
     group = np.arange(len(features)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    weighs_states = recorded.states is not None and isinstance(recorded.kind, Classes)
-    states = recorded.states_at(j) if weighs_states else None
+    states = recorded.states_at(j) if recorded.states is not None and recorded.kind.sees_state else None
     return _Exit(features[:, j], recorded.differs[:, j].astype(np.float64), group, states)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from de3.data.examples import Example
 from de3.data.split import groups_of
-from de3.exits import calibration, risk, worth
+from de3.exits import calibration, placement, risk
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
 from de3.exits.flags import Flag
@@ -96,7 +96,7 @@ def calibrate(
 
     max_loss: limit on the accuracy lost against full depth, as a fraction. wanted: the default signal, or auto.
     self_labelled: true if the labels are the original model's answers, or full depth's. guard: the flag for which
-    missed texts are certified, by name and of this model; None: none. exit_cost: see `worth.unprofitable`.
+    missed texts are certified, by name and of this model; None: none. exit_cost: see `placement.unused_exits`.
 
     Raises ValueError for a signal that the model does not have.
     """
@@ -111,9 +111,10 @@ def calibrate(
             highlight=False,
         )
     crossed = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
-    unused = worth.unprofitable(tune.whole.recorded, crossed, exit_cost)
+    unused = placement.unused_exits(tune.whole.recorded, crossed, exit_cost)
     tune, certify = tune.without(unused), certify.without(unused)
     crossed[:, sorted(unused)] = 1.0
+    _report_unused(tune.whole.recorded)
     fitting = joined([tune.samples, certify.samples]) if pooled else tune.samples
     fitted = risk.fit(fitting.recorded, fitting.groups)
     signals = _rivals(tune.whole, fitted, crossed)
@@ -149,6 +150,14 @@ def calibrate(
     )
     defaults = Defaults.model_validate({"tau": default.tau, "signal": default.signal, "lam": default.lam})
     return Calibrated(calibrated, fitted, defaults, missed)
+
+
+def _report_unused(recorded: Recorded) -> None:
+    unused = [str(recorded.exit_layers[j]) for j in sorted(recorded.unused)]
+    if unused:
+        console.print(
+            f"exits that risk does not use, as they take more time than they save: {', '.join(unused)}"
+        )
 
 
 def _missed(samples: Samples, scores: Floats, wanted: Wanted, flag: Flag) -> Missed:

@@ -8,7 +8,7 @@ import numpy as np
 
 from de3.data.examples import Example, label_array
 from de3.data.tables import pair_of
-from de3.exits.kinds import Classes, Spans
+from de3.exits.kinds import Spans
 from de3.exits.reading import SpansReading
 from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.signals import FEATURES
@@ -39,7 +39,7 @@ def record(
     distances = np.full_like(logits, np.nan)
     tokens = np.zeros(len(examples), np.int64)
     weighed = {row.layer for row in model.manifest.risk or [] if len(row.weights) > FEATURES}
-    if for_fit and isinstance(model.manifest.kind, Classes):
+    if for_fit and model.manifest.kind.sees_state:
         weighed = set(exits[:-1])
     states = {layer: np.zeros((len(examples), model.manifest.hidden_size), np.float32) for layer in weighed}
     with ThreadPoolExecutor(THREADS) as pool:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from de3.exits import worth
-from de3.exits.kinds import Classes, Kind, Spans, kind_of_text
+from de3.exits import placement
+from de3.exits.kinds import Kind, Spans, kind_of_text
 from de3.exits.reading import Weights
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from de3.exits.reference import LEVELS, is_ascending
@@ -256,7 +256,7 @@ class Manifest(Architecture):
     def exit_cost(self) -> float:
         """About how long an exit takes, in layers."""
         encoder, labels = self.encoder, len(self.labels)
-        return worth.exit_cost(
+        return placement.exit_cost(
             encoder.hidden_size, encoder.inner, labels, self.metric_dim or 0, self.is_spans
         )
 
@@ -350,9 +350,8 @@ class Manifest(Architecture):
             raise ValueError("risk must have one entry for each exit layer but the last")
         if self.label_risk is not None and [r.layer for r in self.label_risk] != exits:
             raise ValueError("label_risk must have one entry for each exit layer")
-        sees_state = isinstance(self.kind, Classes)
         if any(
-            len(r.weights) not in (FEATURES, FEATURES + sees_state * self.hidden_size)
+            len(r.weights) not in (FEATURES, FEATURES + self.kind.sees_state * self.hidden_size)
             for r in self.risk or []
         ):
             raise ValueError(

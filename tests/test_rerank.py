@@ -71,6 +71,16 @@ def test_text_embeddings_inference(
     assert blank.json()["error"] == "texts[1]: must not be only white space"
 
 
+def test_the_setting_for_long_texts_is_above_the_format(server: Server) -> None:
+    long = [{"query": QUERY, name: ["good " * 300]} for name in ("texts", "documents")]
+    for how, status in (("truncate", 200), ("error", 422)):
+        with serving(server.service.settings.store, models=["ranker"], long_texts=[how]) as one:
+            assert [httpx.post(f"{one.url}/rerank", json=body).status_code for body in long] == [
+                status,
+                status,
+            ]
+
+
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
 def test_jina_and_cohere(server: Server, scores: list[float], order: list[int], path: str) -> None:
     documents: list[Any] = [DOCUMENTS[0], {"text": DOCUMENTS[1]}, *DOCUMENTS[2:]]

@@ -258,6 +258,34 @@ def flagged(
 
 
 @app.command()
+def placement(
+    texts: Annotated[Path, typer.Argument(help="Texts that the model was not fitted to.")],
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    size: Annotated[int, typer.Option(help="Number of texts on which exits are chosen.", min=500)] = 1500,
+    splits: Annotated[int, typer.Option(help="Number of random splits.", min=1)] = 12,
+    text_column: TextColumn = "sentence",
+) -> None:
+    """Compare all exits with those that save more time than they take, on random splits of texts.
+
+    The model must use all of its exits.
+
+    Example: python -m lab study placement test.jsonl --model intents --text-column text
+    """
+    from lab.studies import placement as study
+    from lab.studies.state import recorded
+
+    loaded = open_model(store, model)
+    cost = loaded.manifest.exit_cost
+    found, chosen = study.study(
+        recorded(loaded, [one.text for one in read(texts, text_column)], "texts"), cost, size, splits
+    )
+    rows = [[f"{one.cost:.3f}", *(f"{ratio:.3f}" for ratio in one.ratios.mean(0))] for one in found]
+    show(["cost of an exit, layers", "1%", "2%", "5%"], rows, None, [])
+    print(f"chosen at {cost:.3f}:", ", ".join(f"{layers} ({n})" for layers, n in chosen.most_common()))
+
+
+@app.command()
 def state(
     fitting: Annotated[Path, typer.Argument(help="Texts to fit risk to.")],
     unseen: Annotated[list[Path], typer.Argument(help="Texts that neither exits nor risk were fitted to.")],

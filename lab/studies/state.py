@@ -1,4 +1,4 @@
-"""What risk gains from an exit's state: speed-up, and disagreement on texts with a negation and on others."""
+"""Compare risk with and without exits' states: speed-up, and disagreement on texts with a negation and on others."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -19,7 +19,7 @@ from de3.runtime.engine.request import Request, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import check_count, check_fields, checked_text, load_json
 from de3.runtime.flags import Wanted
-from de3.runtime.options import OptionFields, long_of
+from de3.runtime.options import Long, OptionFields, long_of
 from de3.server.http import tei
 from de3.server.http.errors import openai_body
 from de3.server.http.protocol import Call, Protocol
@@ -69,6 +69,13 @@ class RerankRequest(PairsRequest):
     def name_of(self, index: int) -> str:
         """The name of a document in error messages, by its index."""
         return f"{'texts' if self.is_tei else 'documents'}[{index}]"
+
+
+class TeiRerankRequest(RerankRequest):
+    """A request in the format of Text Embeddings Inference, which by default refuses long texts."""
+
+    __slots__ = ()
+    usual_long: ClassVar[Long] = "error"
 
 
 def _texts(value: Any) -> list[str]:
@@ -142,10 +149,10 @@ def parse(call: Call) -> RerankRequest:
     if isinstance(value, dict) and "texts" in value:
         check_count(value, "texts", call.max_texts)
         fields = check_fields(TeiFields, value, '{"query": "a text", "texts": ["a text"]}')
-        return RerankRequest(
+        return TeiRerankRequest(
             pairs(fields.query, fields.texts),
             fields.options,
-            long=long_of(bool(fields.truncate)),
+            long=long_of(fields.truncate or None),
             is_tei=True,
             with_documents=fields.return_text,
             raw_scores=fields.raw_scores,

@@ -1,8 +1,8 @@
-"""Which exits are worth their time.
+"""Exit placement: the exits that save more time than they take.
 
-A text pays for every exit that it passes, and most texts that could leave at one exit would leave at the next one. So
-the exits of risk are chosen for the least time at the usual limits; there, the others have a risk of 1 and are not
-computed (`Risk.may_exit`). With other signals, and where a request needs every exit, all are computed.
+A text pays for every exit that it passes, and each is another chance to leave with a wrong answer. So the exits of risk
+are chosen for the least time at the usual limits. At the others, risk is 1, and they are not computed
+(`Risk.may_exit`), except for other signals and for requests that need every exit.
 """
 
 from collections.abc import Sequence
@@ -35,12 +35,14 @@ def exit_cost(hidden: int, inner: int, labels: int, metric: int, is_spans: bool)
     return BY_BYTE * (4 * labels * (hidden + metric) + hidden * metric) / layer
 
 
-def unprofitable(recorded: Recorded, scores: NDArray[np.float64], cost: float) -> frozenset[int]:
-    """The exits, by index, without which texts take the least time; never all but the last.
+def unused_exits(recorded: Recorded, scores: NDArray[np.float64], cost: float) -> frozenset[int]:
+    """The exits, by index, without which texts take the least time.
 
     The time is the mean over the limits DISAGREEMENTS, at the best τ of each; exits are left out one after the other,
-    the most useless first, as long as that saves time. recorded: n samples. scores: their cross-fitted risk, (n,
-    exits). cost: time of an exit, in layers; 0: not known, so all are used.
+    the one that saves the most time first. One always remains.
+
+    recorded: n samples. scores: their cross-fitted risk, (n, exits). cost: time of an exit, in layers; 0: not known, so
+    all are used.
     """
     if len(scores) < MIN_SAMPLES or cost == 0:
         return recorded.unused

@@ -1,4 +1,4 @@
-"""Only exits that are worth their time are used, and the others are not computed."""
+"""Only exits that save more time than they take are used, and the others are not computed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from de3.exits import risk, worth
+from de3.exits import placement, risk
 from de3.exits.guarantee import profiles
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
@@ -29,7 +29,7 @@ def with_useless(r: Recorded) -> Recorded:
 def time_of(r: Recorded, scores: np.ndarray, used: list[int], cost: float, limit: float) -> float:
     """The least time of a text within a limit, by the definition: layers, and each exit that it passes."""
     exits = [*used, len(r.exit_layers) - 1]
-    differs, index = profiles(scores[:, exits], r.differs[:, exits], range(len(exits)), worth.TAUS)
+    differs, index = profiles(scores[:, exits], r.differs[:, exits], range(len(exits)), placement.TAUS)
     times = np.array(r.exit_layers)[np.array(exits)[index]] + cost * (index + 1)
     return float(times.mean(0)[differs.mean(0) <= limit].min())
 
@@ -38,45 +38,47 @@ def time_of(r: Recorded, scores: np.ndarray, used: list[int], cost: float, limit
 def test_exits_that_cost_more_than_they_save_are_left_out(seed: int) -> None:
     r = with_useless(recorded(3000, seed))
     scores = risk.cross_fit(r)
-    unused = worth.unprofitable(r, scores, COST)
+    unused = placement.unused_exits(r, scores, COST)
     assert 1 in unused or 0 in unused, "one of the two exits that answer the same"
     used = [j for j in range(3) if j not in unused]
     assert used
     whole, chosen = (
-        sum(time_of(r, scores, each, COST, limit) for limit in worth.DISAGREEMENTS)
+        sum(time_of(r, scores, each, COST, limit) for limit in placement.DISAGREEMENTS)
         for each in ([0, 1, 2], used)
     )
     assert chosen < whole
     for j in used:  # without any other one, it would take longer, up to what chance may save
         fewer = [i for i in used if i != j]
         times = (
-            sum(time_of(r, scores, fewer, COST, limit) for limit in worth.DISAGREEMENTS) if fewer else np.inf
+            sum(time_of(r, scores, fewer, COST, limit) for limit in placement.DISAGREEMENTS)
+            if fewer
+            else np.inf
         )
-        assert times >= (1 - worth.MIN_GAIN) * chosen
+        assert times >= (1 - placement.MIN_GAIN) * chosen
 
 
 def test_all_exits_are_used_where_the_cost_is_not_known_or_samples_are_few() -> None:
     r = with_useless(recorded(3000))
     scores = risk.cross_fit(r)
-    assert worth.unprofitable(r, scores, 0.0) == frozenset()
-    few = r.rows(np.arange(worth.MIN_SAMPLES - 1))
-    assert worth.unprofitable(few, scores[: worth.MIN_SAMPLES - 1], COST) == frozenset()
+    assert placement.unused_exits(r, scores, 0.0) == frozenset()
+    few = r.rows(np.arange(placement.MIN_SAMPLES - 1))
+    assert placement.unused_exits(few, scores[: placement.MIN_SAMPLES - 1], COST) == frozenset()
     before = replace(r, unused=frozenset({0}))
-    assert worth.unprofitable(before, scores, 0.0) == {0}
-    assert 0 in worth.unprofitable(before, scores, COST)
+    assert placement.unused_exits(before, scores, 0.0) == {0}
+    assert 0 in placement.unused_exits(before, scores, COST)
 
 
 def test_an_exit_costs_what_reading_its_weights_takes() -> None:
     two, many, wide = (
-        worth.exit_cost(384, 1536, 2, 384, False),
-        worth.exit_cost(384, 1536, 150, 384, False),
-        worth.exit_cost(768, 3072, 77, 768, False),
+        placement.exit_cost(384, 1536, 2, 384, False),
+        placement.exit_cost(384, 1536, 150, 384, False),
+        placement.exit_cost(768, 3072, 77, 768, False),
     )
     assert (
         0.03 < two < 0.1 and 0.15 < many < 0.3 and 0.05 < wide < 0.17
     )  # as measured: lab/docs/experiments/time.md
-    assert worth.exit_cost(384, 1536, 2, 0, False) < two / 5
-    assert worth.exit_cost(384, 1536, 35, 0, True) == pytest.approx(0.06, abs=0.02)
+    assert placement.exit_cost(384, 1536, 2, 0, False) < two / 5
+    assert placement.exit_cost(384, 1536, 35, 0, True) == pytest.approx(0.06, abs=0.02)
 
 
 @pytest.mark.usefixtures("few_taus")
