@@ -14,7 +14,7 @@ from de3.exits.calibration import DISAGREEMENTS, FINE_TAUS
 from de3.exits.guarantee import profiles
 from de3.exits.recorded import Recorded
 
-MIN_SAMPLES, MAX_SAMPLES = 500, 4000  # with fewer, chance chooses; the most are a limit on time
+MIN_SAMPLES, MAX_SAMPLES = 1500, 4000  # with fewer, chance chooses; the most are a limit on time
 MIN_GAIN = 0.01  # of time, for leaving out an exit: chance saves about as much
 TAUS = np.array(FINE_TAUS[::2])
 # Time of an exit by its weights, relative to a layer: about 0.3 per byte if a group of texts reads them, 0.9 for a text

@@ -93,6 +93,14 @@ def test_the_certificate_is_of_the_exits_that_are_used() -> None:
     assert not any(weights == UNUSED for weights in calibrate(*parts, 0.02, "risk").risk.weights)
 
 
+@pytest.mark.usefixtures("few_taus")
+def test_samples_that_certify_do_not_choose_exits() -> None:
+    """With few samples, both parts certify."""
+    parts = [CalibrationPart.of(with_useless(recorded(700, seed)), examples(700)) for seed in (1, 2)]
+    found = calibrate(*parts, 0.02, "risk", exit_cost=COST)
+    assert not any(weights == UNUSED for weights in found.risk.weights)
+
+
 @pytest.fixture(scope="module", params=["native", "onnxruntime"])
 def model(request: pytest.FixtureRequest, store: Path) -> Model:
     return Model(Store(store).open("tiny-int8"), request.param)

@@ -262,7 +262,7 @@ def placement(
     texts: Annotated[Path, typer.Argument(help="Texts that the model was not fitted to.")],
     store: Store = Path("models"),
     model: Model = "sst2",
-    size: Annotated[int, typer.Option(help="Number of texts on which exits are chosen.", min=500)] = 1500,
+    size: Annotated[int, typer.Option(help="Number of texts on which exits are chosen.", min=1)] = 1500,
     splits: Annotated[int, typer.Option(help="Number of random splits.", min=1)] = 12,
     text_column: TextColumn = "sentence",
 ) -> None:

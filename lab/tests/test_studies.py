@@ -36,9 +36,9 @@ def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: P
     rows = json.loads((tmp_path / "numbers.json").read_text())
     assert len(rows) == 6 and all(row["all"] <= row["limit"] for row in rows)
 
-    many = write_rows(tmp_path / "many.jsonl", make_rows(700, 6))
+    many = write_rows(tmp_path / "many.jsonl", make_rows(1700, 6))
     of = f"--store {store} --model tiny --text-column text"
-    assert "chosen at" in lab(f"study placement {many} {of} --size 500 --splits 2")
+    assert "chosen at" in lab(f"study placement {many} {of} --splits 2")
 
     lab(f"study deadlines {texts} {common}")
     assert len(json.loads((tmp_path / "numbers.json").read_text())) == 9
