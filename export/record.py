@@ -1,7 +1,8 @@
 """Records the outputs of every exit of an artifact for labelled texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import cpu_count
 
 import numpy as np
@@ -60,8 +61,13 @@ def record(
         labels,
         tokens,
         kind=model.manifest.kind,
-        states=(lambda j: states[exits[j]]) if states else None,
+        states=partial(_states_of, states, exits) if states else None,
     )
+
+
+def _states_of(states: Mapping[int, Array], exits: Sequence[int], j: int) -> Array:
+    """The states of exit j. A function of the module, so that samples can be sent to other processes."""
+    return states[exits[j]]
 
 
 def recorded_spans(
