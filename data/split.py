@@ -92,6 +92,14 @@ def groups_of(examples: Sequence[Example], fragments: bool = False) -> NDArray[n
     return np.unique([repr(one_of[e.text]) for e in examples], return_inverse=True)[1].astype(np.int64)
 
 
+def are_whole(examples: Sequence[Example], fragments: bool) -> NDArray[np.bool_]:
+    """True for the examples that are no fragments of others, (n,); without `fragments`, for all."""
+    if not fragments:
+        return np.ones(len(examples), np.bool_)
+    whole = whole_texts({e.text for e in examples})
+    return np.array([whole[e.text] == {e.text} for e in examples])
+
+
 def stratified(examples: Sequence[Example], seed: int) -> NDArray[np.float64]:
     """A position in (0, 1) for each example, (n,), for splitting: any interval has about its share of each label.
 

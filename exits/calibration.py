@@ -189,11 +189,15 @@ def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tupl
 
 
 def trade_off(
-    samples: Samples, signal: Signal, taus: Sequence[float] = TAUS, scores: Floats | None = None
+    samples: Samples,
+    signal: Signal,
+    taus: Sequence[float] = TAUS,
+    scores: Floats | None = None,
+    confidence: float = bound.CONFIDENCE,
 ) -> list[TradeOff]:
     """The outcomes of one signal by ascending τ; their disagreement bounds never decrease (see `exits.bound`).
 
-    scores: cross-fitted scores, (n, exits); None for the signal's own.
+    scores: cross-fitted scores, (n, exits); None for the signal's own. confidence: of the bounds.
     """
     if scores is None:
         scores = signal.scores(samples.recorded)
@@ -207,18 +211,23 @@ def trade_off(
             n, rate = round(effective_size(differs, groups)), float(differs.mean())
             key = (rate, n)
             if key not in cache:
-                cache[key] = bound.upper_bound(math.ceil(rate * n - 1e-9), n)
+                cache[key] = bound.upper_bound(math.ceil(rate * n - 1e-9), n, confidence)
             highest = max(highest, cache[key])
         bounds.append(max(bounds[-1], highest) if bounds else highest)
     return [replace(row, disagreement_bound=b) for row, b in zip(rows, bounds, strict=True)]
 
 
 def missed_bounds(
-    samples: Samples, flag: Flag, scores: Floats, taus: Sequence[float]
+    samples: Samples,
+    flag: Flag,
+    scores: Floats,
+    taus: Sequence[float],
+    confidence: float = bound.CONFIDENCE,
 ) -> tuple[int, list[float]]:
     """The number of independent samples that full depth flags, and by τ the bound on the share of them that is missed.
 
-    scores: (n, exits). taus: ascending from 0. The bounds never decrease; without a flagged sample, they are 1 above 0.
+    scores: (n, exits). taus: ascending from 0. confidence: of the bounds, which never decrease; without a flagged
+    sample, they are 1 above 0.
     """
     recorded = samples.recorded
     fails, rows = recorded.failures(flag)[-1]
@@ -227,7 +236,7 @@ def missed_bounds(
     count, bounds = len(np.unique(groups)), [0.0]
     for column in missed.T[1:]:
         n = round(effective_size(column, groups)) if count else 0
-        found = bound.upper_bound(math.ceil(float(column.mean()) * n - 1e-9), n) if n else 1.0
+        found = bound.upper_bound(math.ceil(float(column.mean()) * n - 1e-9), n, confidence) if n else 1.0
         bounds.append(max(bounds[-1], found))
     return count, bounds
 

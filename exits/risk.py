@@ -113,19 +113,21 @@ def label_weights(recorded: Recorded) -> list[Weights]:
     return [tuple(regress(features[:, j], wrong[:, j]).tolist()) for j in range(wrong.shape[1])]
 
 
-def cross_fit(recorded: Recorded, groups: NDArray[np.int64] | None = None) -> Floats:
+def cross_fit(
+    recorded: Recorded, groups: NDArray[np.int64] | None = None, fold: NDArray[np.int64] | None = None
+) -> Floats:
     """Cross-fitted scores, (n, exits): each sample is scored by a risk that was fitted without its group.
 
     Scores are NaN at the last exit, and at every exit if all samples are in one group.
 
     groups: the group of each sample, (n,); if None, every sample is its own group. The groups are divided into FOLDS
-    parts; each part is scored by a risk that was fitted on the others.
+    parts; each part is scored by a risk that was fitted on the others. fold: instead, the part of each sample, (n,).
     """
     features, scores = recorded.risk_features, np.full(recorded.logits.shape[:2], np.nan)
     for j in range(len(recorded.exit_layers) - 1):
         one = _exit_of(recorded, j, features, groups)
-        fold = _folds(one.groups, FOLDS)
-        for inside in (fold == k for k in range(FOLDS)):
+        part = _folds(one.groups, FOLDS) if fold is None else fold
+        for inside in (part == k for k in range(FOLDS)):
             if inside.any() and not inside.all():
                 is_used = j not in recorded.unused
                 weights = one.rows(~inside).fit() if is_used else np.array(UNUSED)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from de3.data.examples import Example
 from de3.data.split import groups_of
 from de3.exits import calibration, placement, risk
-from de3.exits.bound import CONFIDENCE
+from de3.exits.bound import CONFIDENCE, CROSSED
 from de3.exits.calibration import FINE_TAUS, Samples, TradeOff
 from de3.exits.flags import Flag
 from de3.exits.formulas import Floats
@@ -54,6 +54,13 @@ class CalibrationPart:
         """The whole texts."""
         return self.samples.rows(self.is_whole)
 
+    def joined(self, other: "CalibrationPart") -> "CalibrationPart":
+        """The samples of two parts, whose groups are distinct (see `Recorded.joined`)."""
+        parts = self.samples, other.samples
+        groups = np.concatenate([parts[0].groups, parts[1].groups + parts[0].groups.max() + 1])
+        recorded = Recorded.joined([one.recorded for one in parts])
+        return CalibrationPart(Samples(recorded, groups), np.concatenate([self.is_whole, other.is_whole]))
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -75,7 +82,7 @@ class Calibrated:
 
 def calibrate(
     tune: CalibrationPart,
-    certify: CalibrationPart,
+    certify: CalibrationPart | None,
     max_loss: float,
     wanted: str = "auto",
     self_labelled: bool = False,
@@ -86,49 +93,52 @@ def calibrate(
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
     The default τ is the largest on a fixed grid for which the loss, at it and every smaller τ, is below max_loss with
-    95% confidence. If there are fewer than MIN_CERTIFY certifying groups and may_pool is true, both parts are used to
-    certify: each is scored by a risk fitted on the other.
+    95% confidence. If there are fewer than MIN_CERTIFY certifying groups and may_pool is true, both parts tune and
+    certify, cross-fitted: each is scored by a risk fitted on the other.
 
-    max_loss: limit on the accuracy lost against full depth, as a fraction. wanted: the default signal, or auto.
-    self_labelled: true if the labels are the original model's answers, or full depth's. guard: the flag for which
-    missed texts are certified, by name and of this model; None: none. exit_cost: see `placement.unused_exits`.
+    certify: None: the tuning samples certify, too, cross-fitted. max_loss: limit on the accuracy lost against full
+    depth, as a fraction. wanted: the default signal, or auto. self_labelled: true if the labels are the original
+    model's answers, or full depth's. guard: the flag for which missed texts are certified, by name and of this model;
+    None: none. exit_cost: see `placement.unused_exits`.
 
     Raises ValueError for a signal that the model does not have.
     """
     if wanted not in CHOICES:
         raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")
-    pooled = may_pool and certify.whole.num_groups < MIN_CERTIFY
-    if pooled:
+    tune_size, fitting, fold = len(tune.is_whole), tune, None
+    if may_pool and certify is not None and certify.whole.num_groups < MIN_CERTIFY:
         console.print(
             f"fewer than {MIN_CERTIFY} independent groups of certifying samples: the tuning samples are also used to "
             "certify, and each part is scored by a risk model fitted on the other",
             soft_wrap=True,
             highlight=False,
         )
-    # If samples that certify chose the exits, too many limits would be exceeded (lab/docs/experiments/time.md).
-    tune, crossed = _placed(tune, 0.0 if pooled else exit_cost)
-    _report_unused(tune.whole.recorded)
-    fitting = joined([tune.samples, certify.samples]) if pooled else tune.samples
-    fitted = risk.fit(fitting.recorded, fitting.groups)
-    signals = _rivals(tune.whole, fitted, crossed)
+        # Exits are not chosen by samples that certify, except where they are fitted again to all (lab/docs/import.md).
+        fold = np.repeat([0, 1], [tune_size, len(certify.is_whole)])
+        fitting, certify, exit_cost = tune.joined(certify), None, 0.0
+    fitting, crossed = _placed(fitting, exit_cost, fold)
+    _report_unused(fitting.whole.recorded)
+    fitted = risk.fit(fitting.samples.recorded, fitting.samples.groups)
+    signals = _rivals(tune.whole, fitted, crossed[: tune.is_whole.sum()])
     name = _choose(signals) if wanted == "auto" else wanted
     if name not in signals:
         raise ValueError(f"--signal {name}: not available for this model; give {' or '.join(signals)}")
-    tables, missed = {}, None
+    tables, missed, samples = {}, None, (fitting if certify is None else certify).whole
+    confidence = CROSSED if certify is None else CONFIDENCE
     for signal, _ in signals.values():
-        samples, scores = _certifying(tune, certify, signal, pooled)
-        tables[signal.name] = calibration.trade_off(samples, signal, FINE_TAUS, scores)
+        scores = crossed if certify is None and isinstance(signal, Risk) else signal.scores(samples.recorded)
+        tables[signal.name] = calibration.trade_off(samples, signal, FINE_TAUS, scores, confidence)
         if guard is not None and signal.name == name:
-            missed = _missed(samples, scores, *guard)
+            missed = _missed(samples, scores, confidence, *guard)
     default = calibration.within_loss(tables[name], max_loss)
-    samples = joined([tune.whole, certify.whole]) if pooled else certify.whole
     recorded = samples.recorded
     _report(tables, default, samples, self_labelled)
     calibrated = Calibration.model_validate(
         {
-            "tune_size": len(tune.samples.recorded.labels),
+            "tune_size": tune_size,
             "certify_size": len(recorded.labels),
             "groups": samples.num_groups,
+            "cross_fitted": certify is None,
             "max_loss": max_loss,
             "self_labelled": self_labelled,
             "original_disagreement": None
@@ -145,10 +155,15 @@ def calibrate(
     return Calibrated(calibrated, fitted, defaults, missed)
 
 
-def _placed(part: CalibrationPart, exit_cost: float) -> tuple[CalibrationPart, Floats]:
-    """The part with the exits to be used, and the cross-fitted risk of its whole texts, (n, exits)."""
+def _placed(
+    part: CalibrationPart, exit_cost: float, fold: NDArray[np.int64] | None
+) -> tuple[CalibrationPart, Floats]:
+    """The part with the exits to be used, and the cross-fitted risk of its whole texts, (n, exits).
+
+    fold: see `risk.cross_fit`.
+    """
     recorded = part.samples.recorded
-    scores = risk.cross_fit(recorded, part.samples.groups)[part.is_whole]
+    scores = risk.cross_fit(recorded, part.samples.groups, fold)[part.is_whole]
     unused = placement.unused_exits(part.whole.recorded, scores, exit_cost)
     scores[:, sorted(unused)] = 1.0
     return replace(part, samples=replace(part.samples, recorded=replace(recorded, unused=unused))), scores
@@ -162,10 +177,10 @@ def _report_unused(recorded: Recorded) -> None:
         )
 
 
-def _missed(samples: Samples, scores: Floats, wanted: Wanted, flag: Flag) -> Missed:
+def _missed(samples: Samples, scores: Floats, confidence: float, wanted: Wanted, flag: Flag) -> Missed:
     """Certify the rate of missed texts at each τ, and report what it allows."""
     taus = sorted(FINE_TAUS)
-    count, bounds = calibration.missed_bounds(samples, flag, scores, taus)
+    count, bounds = calibration.missed_bounds(samples, flag, scores, taus, confidence)
     recorded, allowed = samples.recorded, []
     safe = ~recorded.flagged(flag)[:, -1]
     blocked = recorded.blocked(flag)[safe]
@@ -178,7 +193,7 @@ def _missed(samples: Samples, scores: Floats, wanted: Wanted, flag: Flag) -> Mis
             speed = calibration.speedup(recorded.exit_costs[-1], float(costs[:, index].mean()))
             allowed.append(f"{100 * limit:g}%: {speed:.2f}×")
         else:
-            needed = math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-limit))
+            needed = math.ceil(math.log(1 - confidence) / math.log1p(-limit))
             allowed.append(f"{100 * limit:g}%: none (needs {needed} flagged samples or more)")
     console.print(
         f"flagged by full depth: {count} of the certifying samples. Speed-up in layers of the others, by the share of "
@@ -213,28 +228,6 @@ def _choose(signals: dict[str, tuple[Signal, float]]) -> str:
     """The name of the best signal: risk, whose τ is a probability, unless another one is clearly faster."""
     name = max(signals, key=lambda name: signals[name][1])
     return name if signals[name][1] > MIN_GAIN * signals["risk"][1] else "risk"
-
-
-def _certifying(
-    tune: CalibrationPart, certify: CalibrationPart, signal: Signal, pooled: bool
-) -> tuple[Samples, Any]:
-    """The samples that certify a signal, and their scores, (n, exits)."""
-    if not pooled:
-        return certify.whole, signal.scores(certify.whole.recorded)
-    scores = []
-    for part, other in ((tune, certify), (certify, tune)):
-        scorer = (
-            risk.fit(other.samples.recorded, other.samples.groups) if isinstance(signal, Risk) else signal
-        )
-        scores.append(scorer.scores(part.whole.recorded))
-    return joined([tune.whole, certify.whole]), np.concatenate(scores)
-
-
-def joined(parts: Sequence[Samples]) -> Samples:
-    """The samples of several parts as one (see `Recorded.joined`); groups of different parts stay distinct."""
-    offsets = np.cumsum([0, *(int(p.groups.max()) + 1 for p in parts)])[:-1]
-    groups = np.concatenate([p.groups + offset for p, offset in zip(parts, offsets, strict=True)])
-    return Samples(Recorded.joined([p.recorded for p in parts]), groups)
 
 
 def _report(

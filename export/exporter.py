@@ -103,34 +103,38 @@ def certified(
     draft: Draft,
     exported: Model,
     plain: Model,
-    tune: Sequence[Example],
+    tune: Sequence[Example] | CalibrationPart,
     certify: Sequence[Example],
     settings: ExportSettings,
     proof: dict[str, Any],
     self_labelled: bool = False,
+    is_crossed: bool = False,
 ) -> Path:
     """Calibrate a model on held-out samples and publish it; returns its folder.
 
     draft: has the model's files. exported: the model, which runs the samples. plain: the model in fp32; the same object
-    as `exported` if that is fp32. proof: results of other checks, for the manifest. self_labelled: see `calibrate`.
+    as `exported` if that is fp32. tune: the tuning samples, or cross-fitted outputs of those that the exits were fitted
+    to. proof: results of other checks, for the manifest. self_labelled: see `calibrate`. is_crossed: the outputs in
+    `tune` are of all samples, and certify; the samples `certify`, some of them, only show what int8 changes.
     Raises ExportError if an exit loses too much in int8.
     """
     is_int8 = exported is not plain
-    tuned = record(exported, tune, "the tuning samples", for_fit=True)
+    tuning = tune if isinstance(tune, CalibrationPart) else _tuning(exported, tune, is_int8)
     recorded = record(exported, certify, "the certifying samples", for_fit=True)
     if is_int8:
         # Only int8 changes answers: in fp32, full depth is the imported classifier itself.
-        tuned, recorded = with_original(tuned, tune), with_original(recorded, certify)
+        recorded = with_original(recorded, certify)
         expected = record(plain, certify, "fp32 for comparison", for_fit=True)
         compare = int8_spans if exported.manifest.is_spans else int8_loss
-        proof["int8"] = compare(recorded, expected, settings.max_int8_loss)
-    warn(weaknesses(recorded, exported.manifest.labels))
+        proof["int8"] = compare(recorded, expected, settings.max_int8_loss, is_crossed)
+    warn(weaknesses(tuning.samples.recorded if is_crossed else recorded, exported.manifest.labels))
     certifying = CalibrationPart.of(recorded, certify)
     calibrated = calibrate(
-        CalibrationPart.of(tuned, tune),
-        certifying,
+        tuning,
+        None if is_crossed else certifying,
         settings.max_loss,
         self_labelled=self_labelled,
+        may_pool=tuning is not tune,
         guard=guard_of(settings.flag, exported.manifest),
         exit_cost=exported.manifest.exit_cost,
     )
@@ -140,6 +144,11 @@ def certified(
         rule = ExitRule(final.defaults.tau, final.default_signal, kind=final.kind)
         proof["int8"]["same_exit"] = same_exit(recorded.rows(whole), expected.rows(whole), rule)
     return draft.publish(final.model_copy(update={"export": proof}))
+
+
+def _tuning(exported: Model, tune: Sequence[Example], is_int8: bool) -> CalibrationPart:
+    recorded = record(exported, tune, "the tuning samples", for_fit=True)
+    return CalibrationPart.of(with_original(recorded, tune) if is_int8 else recorded, tune)
 
 
 def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
@@ -158,7 +167,7 @@ def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
     return share
 
 
-def int8_spans(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
+def int8_spans(int8: Recorded, reference: Recorded, allowed: float, _: bool) -> dict[str, Any]:
     """Print and return the share of texts whose spans at full depth differ between int8 and fp32.
 
     Warns if it is above `allowed`, a fraction: most such spans are those of which the classifier is unsure.
@@ -176,13 +185,16 @@ def int8_spans(int8: Recorded, reference: Recorded, allowed: float) -> dict[str,
     return {"unlike": share}
 
 
-def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
+def int8_loss(int8: Recorded, reference: Recorded, allowed: float, is_fitted: bool) -> dict[str, Any]:
     """Print and return the accuracy of each exit in int8 and fp32, on the same samples.
+
+    is_fitted: the exits were fitted to these samples, so that their accuracy is too high.
 
     Raises ExportError if the 95% interval of an exit's loss lies entirely above `allowed`, a fraction.
     """
     quantized, full = int8.correct.mean(0), reference.correct.mean(0)
-    title = f"Correct answers by exit, int8 and fp32, % ({len(int8.labels)} certifying samples)"
+    of = "of the samples that exits were fitted to" if is_fitted else "certifying samples"
+    title = f"Correct answers by exit, int8 and fp32, % ({len(int8.labels)} {of})"
     table = empty_table(("layer", "fp32", "int8", "loss", "95% interval"), title)
     intervals = [paired_interval(a, b) for a, b in zip(reference.correct.T, int8.correct.T, strict=True)]
     for layer, a, b, (low, high) in zip(int8.exit_layers, full, quantized, intervals, strict=True):

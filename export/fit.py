@@ -22,6 +22,7 @@ from de3.export.states import POOLINGS, TokenStates
 from de3.export.training_set import Target, TrainingSet, sigmoid
 from de3.progress import console, track
 
+FOLDS = 4  # of cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
 HELD_OUT = 5  # the pooling and the ridges are chosen on a fifth of the texts
 RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first
 TOKEN_RIDGES = (1e-3, 1e-4)  # ridges of a token classifier, of which there are more tokens than texts
@@ -94,12 +95,23 @@ class Exits:
         )
 
 
-def fit(num_layers: int, texts: TrainingSet, seed: int) -> Exits:
-    """Fit exits on every layer but the last, with the pooling and the ridges that `choose` selects."""
+def fit(
+    num_layers: int,
+    texts: TrainingSet,
+    seed: int,
+    as_served: Callable[[Exits], Exits],
+    poolings: Sequence[str] = POOLINGS,
+) -> tuple[Exits, Recorded]:
+    """Fit exits on every layer but the last; returns them as they are served, and their cross-fitted outputs.
+
+    poolings: poolings to choose from (see `choose`). as_served: rounds exits as the artifact does.
+    """
     axes: Axes = {}
-    pooling, ridges, start = choose(num_layers, texts, seed, axes)
+    pooling, ridges, start = choose(num_layers, texts, seed, axes, poolings)
     axes = {key: basis for key, basis in axes.items() if key[0] == pooling}  # frees the others
-    return fit_with(texts, pooling, ridges, seed, start, axes)
+    exits = fit_with(texts, pooling, ridges, seed, start, axes)
+    fold = np.random.default_rng(seed).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
+    return as_served(exits), cross_fitted(texts, exits, ridges, seed, axes, fold, as_served)
 
 
 def fit_tokens(tokens: TokenStates, seed: int) -> Exits:
@@ -151,8 +163,7 @@ def cross_fitted(
     """Cross-fitted outputs, in the order of the texts: each text is run through exits that were fitted without it.
 
     exits: fitted to all texts, with these ridges; the fits start from them, except fits to labels, whose ridge is so
-    small that the start might affect the result. fold: the part of each text, (n,), from 0. as_served: rounds
-    exits as the artifact does.
+    small that the start might affect the result. fold: the part of each text, (n,), from 0. as_served: see `fit`.
     """
     start = exits.classifiers if texts.target.labels is None else [None] * len(ridges)
 

@@ -4,21 +4,33 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from de3.data.examples import Example, Label, answered, input_of, label_of, to_examples
-from de3.data.split import Split, groups_of, split
+from de3.data.examples import (
+    Example,
+    Label,
+    answered,
+    input_of,
+    label_array,
+    label_of,
+    to_examples,
+    with_original,
+)
+from de3.data.split import Split, are_whole, groups_of, split
 from de3.data.tables import TextOrPair, labels_in, pair_of
+from de3.exits.calibration import Samples
 from de3.exits.kinds import kind_of_text
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
+from de3.export.calibrate import CalibrationPart
 from de3.export.classifier import Stock, convert
 from de3.export.exporter import ExportSettings, certified
-from de3.export.publish import write_exits
+from de3.export.publish import as_stored, write_exits
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.architecture import Precision
 from de3.model_store.model import Model
@@ -26,6 +38,8 @@ from de3.model_store.store import Artifact, Draft, Store
 from de3.progress import console
 
 MAX_HELD_BACK = 4000
+# Groups of texts that certify and are used for nothing else; if these would be fewer, all texts fit and certify.
+MIN_EXACT = 3000
 SEED = 0  # seed of the split and of the fit of the exits
 FEW_TEXTS = 500
 MAX_FITTED = 20_000  # texts
@@ -69,46 +83,57 @@ def import_classifier(
     """
     _check(stock, settings)
     parts = _parts(rows, groups, stock, settings)
+    held_out = [*parts.tune, *parts.certify]
+    is_spans = stock.description.kind == "spans"
+    is_int8 = exporting.precision == "int8"  # exits are fitted to int8 states
+    is_crossed = is_int8 and not is_spans and len(np.unique(groups_of(held_out))) < MIN_EXACT
+    if is_crossed:
+        what = f"{len(parts.train) + len(held_out)} texts to fit the exits and, cross-fitted, to certify"
+    elif is_spans:
+        what = f"{len(parts.train)} texts to fit the exits, {len(parts.tune)} to tune, {len(parts.certify)} to certify"
+    else:
+        what = f"{len(parts.train)} texts to fit the exits, {len(held_out)} to certify"
     console.print(
-        f"{stock.architecture('fp32').encoder.type}, {stock.num_layers} layers; {len(parts.train)} texts to fit the "
-        f"exits, {len(parts.tune)} to tune, {len(parts.certify)} to certify",
-        highlight=False,
+        f"{stock.architecture('fp32').encoder.type}, {stock.num_layers} layers; {what}", highlight=False
     )
     shutil.rmtree(work / BASE, ignore_errors=True)
-    reference = _base(stock, work / BASE, "fp32")  # checks all weights
+    reference = base(stock, work / BASE, "fp32")  # checks all weights
     try:
-        _check_tolerance(stock, settings.tolerance, reference, parts.certify[:FEW_TEXTS])
+        _check_tolerance(stock, settings.tolerance, reference, held_out[:FEW_TEXTS])
     except ValueError:
         shutil.rmtree(work / BASE)
         raise
-    quantized = _base(stock, work / BASE, "int8")
-    if stock.description.kind == "spans":
+    quantized = base(stock, work / BASE, "int8")
+    if is_spans:
         return _import_spans(parts, work, store, exporting, reference, quantized)
-    # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute.
-    groups_fitted = groups_of(parts.train, settings.fragments)
-    fitting, tuning, certifying = (
-        states.compute(model, [e.text for e in part], work / STATES, what, poolings)
-        for model, part, what, poolings in (
-            (quantized, parts.train, "fitting", states.POOLINGS),
-            (reference, parts.tune, "tuning", ()),  # states are not needed
-            (reference, parts.certify, "certifying", ()),
-        )
-    )
+    # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute. Risk is
+    # fitted to int8 answers, too, except of texts that also certify: a certificate is about the original's answers.
+    fitted, certifying = (held_out + parts.train,) * 2 if is_crossed else (parts.train, held_out)
+    computed = states.compute(quantized, [e.text for e in fitted], work / STATES, "fitting")
+    certified_by = states.compute(reference, [e.text for e in certifying], work / STATES, "certifying", ())
     full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
     del reference, quantized  # frees their memory
     thresholds = _thresholds(stock, settings.threshold)
     kind = kind_of_text(thresholds, settings.tolerance)
-    targets = [Target(computed.logits, kind) for computed in (fitting, tuning, certifying)]
-    texts = TrainingSet(targets[0], groups_fitted, fitting.states)
-    exits = fit.fit(stock.num_layers, texts, SEED)
-    tune = _answered(parts.tune, targets[1], settings.labelled)
-    certify = _answered(parts.certify, targets[2], settings.labelled)
+    group = groups_of(fitted, settings.fragments)
+    texts = TrainingSet(Target(computed.logits, kind), group, computed.states)
+    as_served = partial(as_stored, precision=exporting.precision)
+    exits, crossed = fit.fit(stock.num_layers, texts, SEED, as_served)
+    answers = [label_of(row) for row in Target(certified_by.logits, kind).answers]
+    certifying = answered(certifying, answers, settings.labelled)
+    if is_crossed:
+        labels = label_array([e.label for e in certifying], len(stock.description.labels))
+        crossed = with_original(replace(crossed, labels=labels), certifying)
+    tune = CalibrationPart(Samples(crossed, group), are_whole(fitted, settings.fragments))
     fields = {
         "thresholds": thresholds,
         "tolerance": settings.tolerance,
         "input": input_of(parts.train),
     }
-    return _published(exits, full, small, fields, (tune, certify), work, store, exporting, settings.labelled)
+    certify = certifying[: len(held_out)]
+    return _published(
+        *(exits, full, small, fields, tune, certify, work, store, exporting, settings.labelled, is_crossed)
+    )
 
 
 def _import_spans(
@@ -128,8 +153,8 @@ def _import_spans(
     fitting = states.of_tokens(quantized, tokens, MAX_TOKENS_FITTED, SEED, "fitting")
     exits = fit.fit_tokens(fitting, SEED)
     full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
-    held_out = parts.tune, parts.certify
-    return _published(exits, full, small, {"input": "text"}, held_out, work, store, exporting, False)
+    fields = {"input": "text"}
+    return _published(exits, full, small, fields, parts.tune, parts.certify, work, store, exporting, False)
 
 
 def _published(
@@ -137,15 +162,17 @@ def _published(
     full: Artifact,
     small: Artifact,
     fields: Mapping[str, Any],
-    held_out: tuple[Sequence[Example], Sequence[Example]],
+    tune: Sequence[Example] | CalibrationPart,
+    certify: Sequence[Example],
     work: Path,
     store: Store,
     exporting: ExportSettings,
     labelled: bool,
+    is_crossed: bool = False,
 ) -> Path:
     """Publish a classifier with these exits, and remove intermediate results.
 
-    full, small: the classifier in fp32 and int8. held_out: the tuning and the certifying samples.
+    full, small: the classifier in fp32 and int8. tune, certify, is_crossed: see `exporter.certified`.
     """
 
     def written(base: Artifact, draft: Draft) -> Model:
@@ -158,7 +185,7 @@ def _published(
         is_int8 = exporting.precision == "int8"
         model = written(small if is_int8 else full, draft)
         plain = written(full, other) if is_int8 else model
-        path = certified(draft, model, plain, *held_out, exporting, {}, not labelled)
+        path = certified(draft, model, plain, tune, certify, exporting, {}, not labelled, is_crossed)
     shutil.rmtree(work / UNFINISHED, ignore_errors=True)
     with suppress(OSError):  # it is not empty
         work.rmdir()
@@ -170,12 +197,12 @@ def answers(
 ) -> list[Label]:
     """The classifier's full-depth answers to texts, in the order of the texts, computed in float32."""
     with TemporaryDirectory() as folder:
-        model = _base(stock, Path(folder), "fp32")
+        model = base(stock, Path(folder), "fp32")
         logits = states.compute(model, texts, Path(folder), "original", ()).logits
     return [label_of(row) for row in kind_of_text(thresholds, tolerance).answers(logits)]
 
 
-def _base(stock: Stock, folder: Path, precision: Precision) -> Model:
+def base(stock: Stock, folder: Path, precision: Precision) -> Model:
     """Convert the classifier, without early exits, to an artifact in a new folder, and open it."""
     store = Store(folder / precision)
     convert(stock, store, "base", precision)
@@ -229,7 +256,10 @@ def _parts(
     stock: Stock,
     settings: ImportSettings,
 ) -> Split:
-    """Split the texts at random into parts to fit, tune and certify on; raises ValueError if there are too few."""
+    """Split the texts at random into parts to fit, tune and certify on; raises ValueError if there are too few.
+
+    Only a token classifier's exits are tuned on texts of their own; otherwise the tuning texts certify, too.
+    """
     labels = stock.description.labels
     if stock.description.kind == "spans":
         examples = [Example(text, 0) for text, _ in rows]
@@ -269,8 +299,3 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
         f"the data has labels such as {sorted(found - set(names))[:5]}, but the model has {list(names)[:20]}: name the "
         "model's labels as the data does, with --label-names in the order of its logits"
     )
-
-
-def _answered(part: Sequence[Example], target: Target, labelled: bool) -> list[Example]:
-    """The examples with the original's answers, which are also the labels unless the texts have their own."""
-    return answered(part, [label_of(row) for row in target.answers], labelled)

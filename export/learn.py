@@ -29,7 +29,6 @@ from de3.model_store.store import Artifact, Store
 from de3.progress import console
 from de3.runtime.fit import Found, HeldOut, Job
 
-FOLDS = 4  # cross-fitting: the risk is fitted to outputs of exits that were fitted without the text
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts that test the exits
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # loss of accuracy at the default τ, which a server without a guarantee uses
@@ -86,7 +85,7 @@ def fit_exits(
     # Exits are right more often about texts that are near to fitted ones, so their quality shows on others.
     new = np.flatnonzero(~is_near)
     new = thinned(tests, new, rng) if by_client else np.intersect1d(new, held)
-    if len(new) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
+    if len(new) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * fit.FOLDS:
         raise ValueError(f"{len(records)} records, {len(new)} new texts among the last of them, are too few")
     kind = _Texts(manifest) if base is None or not manifest.is_spans else _Tokens(base)
     exits, tune = kind.fit(fitted, limits.differing or 0.0)
@@ -114,15 +113,11 @@ class _Texts:
         """The exits, as they are served, and their cross-fitted outputs."""
         manifest = self._manifest
         texts = texts_of(records, manifest)
-        axes: fit.Axes = {}
-        pooling, ridges, start = fit.choose(manifest.num_states, texts, SEED, axes, ("mean",))
-        exits = fit.fit_with(texts, pooling, ridges, SEED, start, axes)
         as_served = partial(as_stored, precision=manifest.precision)
-        fold = np.random.default_rng(SEED).permutation(int(texts.groups.max()) + 1)[texts.groups] % FOLDS
-        cross_fitted = fit.cross_fitted(texts, exits, ridges, SEED, axes, fold, as_served)
-        cross_fitted = _with_costs(cross_fitted, manifest)
-        first = 0 if manifest.upstream is None else _first_exit(cross_fitted, rate)
-        return as_served(exits), part_of(replace(cross_fitted, unused=frozenset(range(first))), texts.groups)
+        exits, crossed = fit.fit(manifest.num_states, texts, SEED, as_served, ("mean",))
+        crossed = _with_costs(crossed, manifest)
+        first = 0 if manifest.upstream is None else _first_exit(crossed, rate)
+        return exits, part_of(replace(crossed, unused=frozenset(range(first))), texts.groups)
 
     def recorded(self, exits: Exits, records: Records) -> Recorded:
         """The outputs of exits for other texts."""

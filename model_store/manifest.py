@@ -126,6 +126,8 @@ class Calibration(ManifestPart):
         tune_size: number of tuning samples, which determine the signal.
         certify_size: number of certifying samples, from which all results are computed.
         groups: number of groups of related samples among the certifying ones.
+        cross_fitted: true if the certifying samples were also fitted to: each is scored by exits and a risk that were
+            fitted without it.
         max_loss: largest accuracy loss allowed at the default τ, as a fraction.
         self_labelled: true if the labels are the original model's answers, or full depth's if `original_disagreement`
             is None. Accuracy is then agreement with those answers.
@@ -141,6 +143,7 @@ class Calibration(ManifestPart):
     tune_size: Count
     certify_size: Count
     groups: Count
+    cross_fitted: bool = False
     max_loss: float
     self_labelled: bool = False
     original_disagreement: Share | None = None

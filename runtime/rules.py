@@ -77,7 +77,8 @@ class Choice:
         expected: row of the calibration table for this signal and τ; None if none applies.
         budget_s: latency budget, seconds; None if there is none.
         is_degraded: τ was raised under load.
-        certificate: with max_disagreement, the certified bound, its confidence and the number of samples; else None.
+        certificate: with max_disagreement, the certified bound, its confidence and the number of samples; cross_fitted,
+            if these were also fitted to; else None.
         guarantee: with a guarantee, the guaranteed rate, its confidence and the reason for τ; None without one, and for
             requests with options.
     """
@@ -415,6 +416,7 @@ class Rules:
                 "bound": row.disagreement_bound,
                 "confidence": CONFIDENCE,
                 "samples": calibration.certify_size if calibration else 0,
+                **self._how_certified,
             }
             choice = self._at_row(row, "max_disagreement", options.max_disagreement)
             choice = replace(choice, certificate=certificate)
@@ -446,9 +448,15 @@ class Rules:
             "bound": missed.bounds[index],
             "confidence": CONFIDENCE,
             "flagged": missed.flagged,
+            **self._how_certified,
         }
         choice = self._at_tau(missed.taus[index], signal, "max_missed", most)
         return replace(choice, expected=None, certificate=certificate)
+
+    @property
+    def _how_certified(self) -> dict[str, bool]:
+        calibration = self._manifest.calibration
+        return {"cross_fitted": True} if calibration is not None and calibration.cross_fitted else {}
 
     def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None, tenant: str) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from de3.data.examples import Example
 from de3.exits import calibration, risk
+from de3.exits.bound import CONFIDENCE, CROSSED
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Edr, Entropy, Signal, signal_of
 from de3.export import calibrate as export_calibrate
-from de3.export.calibrate import MIN_CERTIFY, Calibrated, CalibrationPart, calibrate, joined
+from de3.export.calibrate import MIN_CERTIFY, Calibrated, CalibrationPart, calibrate
 
 
 def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:
@@ -170,7 +171,7 @@ def test_with_many_samples_only_the_certifying_part_certifies() -> None:
     fitted = risk.fit(tune)
     assert found.risk == fitted
     sizes = found.calibration.tune_size, found.calibration.certify_size, found.calibration.groups
-    assert sizes == (n, n, n)
+    assert sizes == (n, n, n) and not found.calibration.cross_fitted
     assert_certified(found, Samples.independent(certify), fitted.scores(certify))
 
 
@@ -184,20 +185,31 @@ def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(
     parts = [CalibrationPart.of(r, examples(n, group_of, fragments=60)) for r in (tune, certify)]
     found = calibrate(*parts, 0.02)
     assert f"fewer than {MIN_CERTIFY} independent groups of certifying samples" in capsys.readouterr().err
+    together = parts[0].joined(parts[1])
+    both, groups = together.samples.recorded, together.samples.groups
+    assert len(np.unique(groups)) == 2 * n // group_of and len(both.labels) == 2 * n
     scores = [risk.fit(b).scores(a)[:whole] for a, b in ((tune, certify), (certify, tune))]
-    number = np.arange(n)
-    samples = joined([Samples(r, number // group_of).rows(number < whole) for r in (tune, certify)])
+    assert found.calibration.tune_size == n
     assert found.calibration.certify_size == 2 * whole
     assert found.calibration.groups == 2 * whole // group_of
-    assert_certified(found, samples, np.concatenate(scores))
-    together = risk.fit(joined([p.samples for p in parts]).recorded)  # the exported risk is fitted on both
-    assert found.risk == together
+    assert found.calibration.cross_fitted
+    assert_certified(found, together.whole, np.concatenate(scores))
+    assert found.risk == risk.fit(both, groups)  # the exported risk is fitted on both
+
+
+@pytest.mark.usefixtures("few_taus")
+def test_without_a_certifying_part_the_tuning_part_certifies_cross_fitted() -> None:
+    part = CalibrationPart.of(recorded(900, 1), examples(900))
+    found = calibrate(part, None, 0.02)
+    assert found.calibration.cross_fitted and found.calibration.certify_size == 900
+    assert_certified(found, part.samples, risk.cross_fit(part.samples.recorded, part.samples.groups))
 
 
 def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) -> None:
     """Check the calibration's rows of risk against those of these samples and scores."""
     rows = [row for row in found.calibration.table if row.signal == "risk"]
-    expected = calibration.trade_off(samples, found.risk, [row.tau for row in rows], scores)
+    confidence = CROSSED if found.calibration.cross_fitted else CONFIDENCE
+    expected = calibration.trade_off(samples, found.risk, [row.tau for row in rows], scores, confidence)
     as_saved = [type(rows[0]).model_validate(export_calibrate.as_fields(row)) for row in expected]
     assert rows == as_saved and len(rows) > 1
 

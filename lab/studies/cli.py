@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -255,6 +256,33 @@ def flagged(
     settings = (0.01, 0.02, 0.1), (0.02, 0.05), share, texts, streams
     rows = study.study(found, manifest.default_signal, flag, *settings)
     show(*study.table(rows), json_file, rows)
+
+
+@app.command()
+def certificates(
+    stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
+    texts: Annotated[list[Path], typer.Option(help="Texts that the classifier was not trained on.")],
+    size: Annotated[int, typer.Option(help="Number of texts of an import; the others are unseen.")] = 4000,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(help="Shares of the texts that fit, tune and certify; repeat for more. Default: all."),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Number of random splits.", min=1)] = 20,
+    first: Annotated[int, typer.Option(help="Seed of the first split.")] = 0,
+) -> None:
+    """What the certificates of imports waste, and how often they are exceeded, on random splits of texts.
+
+    Example: python -m lab study certificates runs/stock/model --texts runs/stock/texts.jsonl --scheme 100
+    """
+    from de3.export.classifier import Stock
+    from lab.studies import certificates as study
+
+    rows = [text for file in texts for text, _ in read_rows(file, Columns(label=None))]
+    found = list(dict.fromkeys(text for text in rows if isinstance(text, str)))
+    with TemporaryDirectory() as work:
+        run_once = study.Texts.of(Stock.open("stock", stock), found, Path(work))
+    outcomes = study.run(run_once, size, repetitions, scheme or list(study.SCHEMES), first)
+    show(*study.table(outcomes, run_once.num_layers, run_once.cost), None, [])
 
 
 @app.command()

@@ -13,6 +13,7 @@ from lab.studies.deadlines import Costs, deadlines
 from lab.studies.guarantee import guarantee
 from lab.tests.commands import lab
 from tests.fixtures import make_rows, write_rows
+from tests.stock import save_encoder
 
 
 def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -42,6 +43,13 @@ def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: P
 
     lab(f"study deadlines {texts} {common}")
     assert len(json.loads((tmp_path / "numbers.json").read_text())) == 9
+
+
+def test_certificates_of_imports_are_compared(tmp_path: Path) -> None:
+    stock = save_encoder(tmp_path / "stock", layers=1, labels=2)
+    texts = write_rows(tmp_path / "texts.jsonl", make_rows(500, 8))
+    said = lab(f"study certificates {stock} --texts {texts} --size 300 --repetitions 2")
+    assert [said.count(f"│ {scheme} ") for scheme in ("60, 20, 20", "60, 40", "100")] == [3, 3, 3]
 
 
 def known(n: int) -> Recorded:
