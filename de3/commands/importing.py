@@ -107,9 +107,9 @@ def import_model(
     """Add early exits to a stock classifier; its weights do not change.
 
     Full depth gives the same answers as before, except for the few that int8 changes. Exits are fitted to the
-    model's own answers on unlabelled texts; the rate of disagreement is certified on held-out texts. Use texts
-    that the model was not trained on: it is more confident on its training texts, so a certificate from them would not
-    hold for other texts.
+    model's own answers on unlabelled texts; the rate of disagreement is certified, on held-out texts or, with few,
+    cross-fitted. Use texts that the model was not trained on: it is more confident on its training texts, so a
+    certificate from them would not hold for other texts.
 
     Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
     """
