@@ -85,8 +85,9 @@ def import_classifier(
     parts = _parts(rows, groups, stock, settings)
     held_out = [*parts.tune, *parts.certify]
     is_spans = stock.description.kind == "spans"
-    is_int8 = exporting.precision == "int8"  # exits are fitted to int8 states
-    is_crossed = is_int8 and not is_spans and len(np.unique(groups_of(held_out))) < MIN_EXACT
+    # Exits are fitted to int8 states. Fragments of two texts would be fitted to where one of these certifies.
+    may_cross = exporting.precision == "int8" and not is_spans and not settings.fragments
+    is_crossed = may_cross and len(np.unique(groups_of(held_out))) < MIN_EXACT
     if is_crossed:
         what = f"{len(parts.train) + len(held_out)} texts to fit the exits and, cross-fitted, to certify"
     elif is_spans:

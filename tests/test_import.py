@@ -167,6 +167,7 @@ def test_what_an_import_promises_and_serves(imported: Path, classifier: Path, tm
         calibration = manifest.calibration
         assert calibration is not None and calibration.self_labelled and calibration.default.speedup > 1.5
         full = next(row for row in calibration.table if row.tau == 0)
+        assert calibration.cross_fitted == is_int8
         if is_int8:
             # Disagreement is counted against the original's answers, so int8 alone may cause some.
             assert full.disagreement == calibration.original_disagreement and full.disagreement_bound > 0
@@ -182,7 +183,9 @@ def test_what_an_import_promises_and_serves(imported: Path, classifier: Path, tm
         refused = server.classify(input="a", max_disagreement=full.disagreement_bound / 2)
         assert refused.status_code == 422
         assert "because of int8: import it with --quantize none" in refused.json()["error"]["message"]
-        bound = server.classify(input="a", max_disagreement=0.2).json()["certificate"]["bound"]
+        certificate = server.classify(input="a", max_disagreement=0.2).json()["certificate"]
+        assert certificate["cross_fitted"] and certificate["samples"] == manifest.calibration.tune_size
+        bound = certificate["bound"]
         assert full.disagreement_bound <= bound <= 0.2
     said = " ".join((imported / "log.txt").read_text().split())
     assert "disagreement with the original model" in said and "agreement with the original model" in said
@@ -339,8 +342,9 @@ def test_the_pooling_with_the_higher_speedup_is_chosen(imported: Path) -> None:
     assert Store(imported / "store").open("mine").manifest.pooling == best
 
 
+@pytest.mark.parametrize(("option", "exact"), [("", 200), ("--fragments", 3000), ("--quantize none", 3000)])
 def test_neither_exits_nor_risk_are_fitted_to_texts_that_certify(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str, exact: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
@@ -358,8 +362,10 @@ def test_neither_exits_nor_risk_are_fitted_to_texts_that_certify(
 
     monkeypatch.setattr(importing.states, "compute", watched)
     monkeypatch.setattr(importing.fit, "fit", fitted)
-    monkeypatch.setattr(importing, "MIN_EXACT", 200)
-    command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    monkeypatch.setattr(importing, "MIN_EXACT", exact)
+    command = (
+        f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work {option}"
+    )
     assert invoke(command).exit_code == 130
     fitting, certifying = (computed[what][0] for what in ("fitting", "certifying"))
     assert len(computed) == 2 and min(map(len, (fitting, certifying))) > 100
