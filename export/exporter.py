@@ -125,8 +125,10 @@ def certified(
         # Only int8 changes answers: in fp32, full depth is the imported classifier itself.
         recorded = with_original(recorded, certify)
         expected = record(plain, certify, "fp32 for comparison", for_fit=True)
-        compare = int8_spans if exported.manifest.is_spans else int8_loss
-        proof["int8"] = compare(recorded, expected, settings.max_int8_loss, is_crossed)
+        if exported.manifest.is_spans:
+            proof["int8"] = int8_spans(recorded, expected, settings.max_int8_loss)
+        else:
+            proof["int8"] = int8_loss(recorded, expected, settings.max_int8_loss, is_crossed)
     warn(weaknesses(tuning.samples.recorded if is_crossed else recorded, exported.manifest.labels))
     certifying = CalibrationPart.of(recorded, certify)
     calibrated = calibrate(
@@ -167,7 +169,7 @@ def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
     return share
 
 
-def int8_spans(int8: Recorded, reference: Recorded, allowed: float, _: bool) -> dict[str, Any]:
+def int8_spans(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
     """Print and return the share of texts whose spans at full depth differ between int8 and fp32.
 
     Warns if it is above `allowed`, a fraction: most such spans are those of which the classifier is unsure.
@@ -185,7 +187,7 @@ def int8_spans(int8: Recorded, reference: Recorded, allowed: float, _: bool) -> 
     return {"unlike": share}
 
 
-def int8_loss(int8: Recorded, reference: Recorded, allowed: float, is_fitted: bool) -> dict[str, Any]:
+def int8_loss(int8: Recorded, reference: Recorded, allowed: float, is_fitted: bool = False) -> dict[str, Any]:
     """Print and return the accuracy of each exit in int8 and fp32, on the same samples.
 
     is_fitted: the exits were fitted to these samples, so that their accuracy is too high.

@@ -133,7 +133,17 @@ def import_classifier(
     }
     certify = certifying[: len(held_out)]
     return _published(
-        *(exits, full, small, fields, tune, certify, work, store, exporting, settings.labelled, is_crossed)
+        exits,
+        full,
+        small,
+        fields,
+        tune,
+        certify,
+        work,
+        store,
+        exporting,
+        settings.labelled,
+        is_crossed,
     )
 
 

@@ -70,7 +70,7 @@ class TradeOff(_Signal):
         accuracy: share of correct answers; `accuracy_interval` is its 95% Wilson interval.
         loss: accuracy at full depth minus accuracy; `loss_interval` is its paired 95% interval.
         disagreement: share of answers that differ from full depth; `disagreement_bound` is an upper bound on
-            the true rate with 95% confidence (exits.bound).
+            the true rate with 95% confidence (exits.bound; 98% if `cross_fitted`).
         speedup: num_layers / mean exit layer, at most 1000.
         histogram: share of samples at each exit, in the order of `exit_layers`.
     """

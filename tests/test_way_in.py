@@ -230,7 +230,7 @@ def test_int8_is_judged_by_an_interval() -> None:
     right = [0, 1] * 183
     five_off = [1 - label if i % 73 == 0 else label for i, label in enumerate(right)]
     exact, off = recorded(right, right), recorded(right, five_off)
-    assert int8_loss(off, exact, 0.01, False)["int8_accuracy"][0] < 0.99  # but 6 of 366 may be chance
+    assert int8_loss(off, exact, 0.01)["int8_accuracy"][0] < 0.99  # but 6 of 366 may be chance
     labels = right * 20
     with pytest.raises(ExportError, match=r"int8 costs exit 1 at least 1.* points"):
-        int8_loss(recorded(labels, five_off * 20), recorded(labels, labels), 0.01, False)
+        int8_loss(recorded(labels, five_off * 20), recorded(labels, labels), 0.01)

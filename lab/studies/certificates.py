@@ -1,6 +1,6 @@
-"""What certificates of an import waste, and whether schemes that use the texts more than once keep their limits.
+"""The speed that the certificates of imports cost, and how often their limits are exceeded.
 
-Repeated on random splits of recorded states of a stock classifier's texts; the exits are in float32.
+Measured on random splits of recorded states of a stock classifier's texts; the exits are in float32.
 """
 
 import shutil
@@ -95,7 +95,7 @@ class Scheme:
 def three_parts(texts: Texts, rows: Rows, seed: int) -> Scheme:
     """60% fit the exits; 20% each tune and certify, each scored by the risk of the other if they are few.
 
-    So imports were certified before, but for exits placed where they are few.
+    Imports were certified in this way before.
     """
     train, tune, certify = np.split(rows, [int(0.6 * len(rows)), int(0.8 * len(rows))])
     exits = fitted(texts.texts.part(train), texts.num_layers, seed)
@@ -119,7 +119,8 @@ def fitted(texts: TrainingSet, num_layers: int, seed: int) -> fit.Exits:
 def crossed(texts: Texts, rows: Rows, seed: int, is_certifying: bool) -> tuple[fit.Exits, Recorded, Floats]:
     """Exits fitted to all of these texts; of the texts, outputs of exits fitted without them, and cross-fitted risk.
 
-    is_certifying: risk is that of another answer than the original's; otherwise than full depth's in int8.
+    is_certifying: the texts also certify, so risk predicts disagreement with the original; otherwise with int8's full
+    depth.
     """
     exits, recorded = fit.fit(texts.num_layers, texts.texts.part(rows), seed, lambda one: one)
     if is_certifying:

@@ -270,7 +270,7 @@ def certificates(
     repetitions: Annotated[int, typer.Option(help="Number of random splits.", min=1)] = 20,
     first: Annotated[int, typer.Option(help="Seed of the first split.")] = 0,
 ) -> None:
-    """What the certificates of imports waste, and how often they are exceeded, on random splits of texts.
+    """Measure the speed that certificates of imports cost, and how often their limits are exceeded, on random splits.
 
     Example: python -m lab study certificates runs/stock/model --texts runs/stock/texts.jsonl --scheme 100
     """
