@@ -286,6 +286,32 @@ def processes(
 
 
 @app.command()
+def clock(
+    store: options.Store,
+    model: options.ModelName,
+    texts: options.Texts,
+    tau: Annotated[
+        list[float] | None, typer.Option(help="A τ besides 0 and 1; repeat for more.", min=0, max=1)
+    ] = None,
+    text_column: options.TextColumn = "text",
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each τ, in turn.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 3.0,
+    port: options.Port = 8100,
+) -> None:
+    """Measure what exits gain over HTTP: requests/s and CPU time at full depth, at each τ, and without layers (τ = 1).
+
+    Needs wrk.
+
+    Example: python -m lab clock --store models --model sst2 --texts dev.tsv --text-column sentence --tau 0.05
+    """
+    from lab import clock as study
+
+    found = [one.text for one in read(texts, text_column) if isinstance(one.text, str)]
+    for line in study.table(study.measure(store, model, found, tau or [], rounds, seconds, port)):
+        print(line)
+
+
+@app.command()
 def guards(
     store: options.Store,
     model: options.ModelName,

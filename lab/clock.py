@@ -1,0 +1,105 @@
+"""What exits gain by the clock: CPU time of a request over HTTP at full depth, at several τ, and without layers."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.request import Request, urlopen
+
+from de3.loadtest.servers import Running, ours, process_tree, running
+from lab.processes import MAX_TEXTS, SCRIPT, run_wrk
+
+CONNECTIONS = 16
+
+
+@dataclass
+class Setting:
+    """Requests with one τ. τ = 1: every text leaves at its first exit.
+
+    Attributes:
+        rates: requests/s of each round.
+        cpu_us: CPU time per request in each round, µs.
+        loop_us: the event loops' part of it: HTTP, JSON, queueing.
+        layers, weighted: mean exit layer of the texts, each counted once, and each by its tokens.
+    """
+
+    tau: float
+    rates: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)
+    loop_us: list[float] = field(default_factory=list)
+    layers: float = 0.0
+    weighted: float = 0.0
+
+
+def measure(
+    store: Path,
+    model: str,
+    texts: Sequence[str],
+    taus: Sequence[float],
+    rounds: int,
+    seconds: float,
+    port: int,
+) -> list[Setting]:
+    """The settings, the first of which is full depth and the last τ = 1; they take turns on one server."""
+    settings = [Setting(tau) for tau in (0.0, *taus, 1.0)]
+    with TemporaryDirectory() as name, running(ours(store, model), port, Path(name) / "log") as server:
+        scripts = []
+        for i, setting in enumerate(settings):
+            bodies = [json.dumps({"input": text, "tau": setting.tau}) for text in texts[:MAX_TEXTS]]
+            answers = [_answer(server, body) for body in bodies]
+            layers = [answer["data"][0]["exit"]["layer"] for answer in answers]
+            tokens = [answer["usage"]["prompt_tokens"] for answer in answers]
+            setting.layers = mean(layers)
+            setting.weighted = sum(map(int.__mul__, layers, tokens)) / sum(tokens)
+            scripts.append(Path(name) / f"{i}.lua")
+            scripts[-1].write_text(SCRIPT % ",\n".join(f"[==[{body}]==]" for body in bodies))
+        for number in range(-1, rounds):  # round −1 warms up
+            for setting, script in zip(settings, scripts, strict=True):
+                before = _loops_us(server)
+                load = run_wrk(server, script, CONNECTIONS, seconds)
+                if number >= 0:
+                    setting.rates.append(load.rate)
+                    setting.cpu_us.append(load.cpu_us)
+                    setting.loop_us.append((_loops_us(server) - before) / (load.rate * seconds))
+    return settings
+
+
+def _answer(server: Running, body: str) -> Any:
+    url = server.target.url + server.target.path
+    request = Request(url, body.encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=20) as response:
+        return json.load(response)
+
+
+def _loops_us(server: Running) -> float:
+    """CPU time used so far by the main threads, which run the event loops, µs."""
+    files = (Path(f"/proc/{pid}/task/{pid}/schedstat") for pid in process_tree(server.process.pid))
+    return sum(int(file.read_text().split()[0]) for file in files) / 1000
+
+
+def table(settings: Sequence[Setting]) -> Iterator[str]:
+    """Yield the medians as lines of a Markdown table; a ratio has its range over the rounds."""
+    full = settings[0]
+    yield "| τ | requests/s | CPU µs: event loop, rest | gain: requests/s | gain: CPU time | in layers | by tokens |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for one in settings:
+        rest = [a - b for a, b in zip(one.cpu_us, one.loop_us, strict=True)]
+        cells = [
+            f"{one.tau:g}",
+            f"{median(one.rates):,.0f}",
+            f"{median(one.loop_us):.0f}, {median(rest):.0f}",
+        ]
+        cells += [_ratio(one.rates, full.rates), _ratio(full.cpu_us, one.cpu_us)]
+        cells += [
+            f"{f / o:.2f}×" if o else "–"
+            for f, o in ((full.layers, one.layers), (full.weighted, one.weighted))
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return f"{median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})"
