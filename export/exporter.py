@@ -62,6 +62,24 @@ class ExportSettings:
         return precision_of(self.quantize)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Samples that choose and certify a model's exit rule.
+
+    Attributes:
+        tune: the tuning samples, or cross-fitted outputs of those that the exits were fitted to.
+        certify: the certifying samples.
+        is_crossed: the outputs in `tune` are of all samples, and certify; the samples `certify`, some of them, only
+            show what int8 changes.
+        self_labelled: see `calibrate`.
+    """
+
+    tune: Sequence[Example] | CalibrationPart
+    certify: Sequence[Example]
+    is_crossed: bool = False
+    self_labelled: bool = False
+
+
 def export(checkpoint: Path, store: Store, settings: ExportSettings) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
@@ -72,7 +90,7 @@ def export(checkpoint: Path, store: Store, settings: ExportSettings) -> Path:
     checkpoint cannot be exported. In both cases nothing is published.
     """
     opened = Checkpoint(checkpoint)
-    tune, certify = opened.held_out("tune"), opened.held_out("certify")
+    held_out = HeldOut(opened.held_out("tune"), opened.held_out("certify"))
     from de3.export.parity import parity
 
     trained = Trained(opened)
@@ -80,8 +98,8 @@ def export(checkpoint: Path, store: Store, settings: ExportSettings) -> Path:
         exported = write(trained, settings.precision, draft, settings.name)
         is_int8 = settings.precision == "int8"
         plain = write(trained, "fp32", reference, settings.name) if is_int8 else exported
-        proof = {"parity": parity(opened, plain, certify)}
-        return certified(draft, exported, plain, tune, certify, settings, proof)
+        proof = {"parity": parity(opened, plain, held_out.certify)}
+        return certified(draft, exported, plain, held_out, settings, proof)
 
 
 def write(trained: Trained, precision: Precision, draft: Draft, name: str) -> Model:
@@ -103,21 +121,17 @@ def certified(
     draft: Draft,
     exported: Model,
     plain: Model,
-    tune: Sequence[Example] | CalibrationPart,
-    certify: Sequence[Example],
+    held_out: HeldOut,
     settings: ExportSettings,
     proof: dict[str, Any],
-    self_labelled: bool = False,
-    is_crossed: bool = False,
 ) -> Path:
     """Calibrate a model on held-out samples and publish it; returns its folder.
 
     draft: has the model's files. exported: the model, which runs the samples. plain: the model in fp32; the same object
-    as `exported` if that is fp32. tune: the tuning samples, or cross-fitted outputs of those that the exits were fitted
-    to. proof: results of other checks, for the manifest. self_labelled: see `calibrate`. is_crossed: the outputs in
-    `tune` are of all samples, and certify; the samples `certify`, some of them, only show what int8 changes.
+    as `exported` if that is fp32. proof: results of other checks, for the manifest.
     Raises ExportError if an exit loses too much in int8.
     """
+    tune, certify, is_crossed = held_out.tune, held_out.certify, held_out.is_crossed
     is_int8 = exported is not plain
     tuning = tune if isinstance(tune, CalibrationPart) else _tuning(exported, tune, is_int8)
     recorded = record(exported, certify, "the certifying samples", for_fit=True)
@@ -135,7 +149,7 @@ def certified(
         tuning,
         None if is_crossed else certifying,
         settings.max_loss,
-        self_labelled=self_labelled,
+        self_labelled=held_out.self_labelled,
         may_pool=tuning is not tune,
         guard=guard_of(settings.flag, exported.manifest),
         exit_cost=exported.manifest.exit_cost,

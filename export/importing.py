@@ -29,7 +29,7 @@ from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
 from de3.export.calibrate import CalibrationPart
 from de3.export.classifier import Stock, convert
-from de3.export.exporter import ExportSettings, certified
+from de3.export.exporter import ExportSettings, HeldOut, certified
 from de3.export.publish import as_stored, write_exits
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.architecture import Precision
@@ -63,6 +63,19 @@ class ImportSettings:
     tolerance: float | None = None
     labelled: bool = False
     fragments: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Exits fitted to a classifier, and what certifies them.
+
+    Attributes:
+        fields: of the manifest: how answers are read, and the input.
+    """
+
+    exits: fit.Exits
+    fields: Mapping[str, Any]
+    held_out: HeldOut
 
 
 def import_classifier(
@@ -105,18 +118,18 @@ def import_classifier(
         shutil.rmtree(work / BASE)
         raise
     quantized = base(stock, work / BASE, "int8")
+    full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
     if is_spans:
-        return _import_spans(parts, work, store, exporting, reference, quantized)
+        return _published(_fit_spans(parts, quantized), full, small, work, store, exporting)
     # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute. Risk is
     # fitted to int8 answers, too, except of texts that also certify: a certificate is about the original's answers.
-    fitted, certifying = (held_out + parts.train,) * 2 if is_crossed else (parts.train, held_out)
-    computed = states.compute(quantized, [e.text for e in fitted], work / STATES, "fitting")
+    fitting, certifying = (held_out + parts.train,) * 2 if is_crossed else (parts.train, held_out)
+    computed = states.compute(quantized, [e.text for e in fitting], work / STATES, "fitting")
     certified_by = states.compute(reference, [e.text for e in certifying], work / STATES, "certifying", ())
-    full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
     del reference, quantized  # frees their memory
     thresholds = _thresholds(stock, settings.threshold)
     kind = kind_of_text(thresholds, settings.tolerance)
-    group = groups_of(fitted, settings.fragments)
+    group = groups_of(fitting, settings.fragments)
     texts = TrainingSet(Target(computed.logits, kind), group, computed.states)
     as_served = partial(as_stored, precision=exporting.precision)
     exits, crossed = fit.fit(stock.num_layers, texts, SEED, as_served)
@@ -125,70 +138,39 @@ def import_classifier(
     if is_crossed:
         labels = label_array([e.label for e in certifying], len(stock.description.labels))
         crossed = with_original(replace(crossed, labels=labels), certifying)
-    tune = CalibrationPart(Samples(crossed, group), are_whole(fitted, settings.fragments))
+    tune = CalibrationPart(Samples(crossed, group), are_whole(fitting, settings.fragments))
     fields = {
         "thresholds": thresholds,
         "tolerance": settings.tolerance,
         "input": input_of(parts.train),
     }
-    certify = certifying[: len(held_out)]
-    return _published(
-        exits,
-        full,
-        small,
-        fields,
-        tune,
-        certify,
-        work,
-        store,
-        exporting,
-        settings.labelled,
-        is_crossed,
-    )
+    shown = HeldOut(tune, certifying[: len(held_out)], is_crossed, not settings.labelled)
+    return _published(Fitted(exits, fields, shown), full, small, work, store, exporting)
 
 
-def _import_spans(
-    parts: Split,
-    work: Path,
-    store: Store,
-    exporting: ExportSettings,
-    reference: Model,
-    quantized: Model,
-) -> Path:
-    """Fit exits to a token classifier, and publish it; see `import_classifier`.
+def _fit_spans(parts: Split, quantized: Model) -> Fitted:
+    """Fit exits to a token classifier.
 
     Its own answers are the labels: those of full depth in the precision that is served, as int8 changes the spans of
     more texts than exits may.
     """
     tokens = [quantized.tokenize(*pair_of(e.text)) for e in parts.train]
     fitting = states.of_tokens(quantized, tokens, MAX_TOKENS_FITTED, SEED, "fitting")
-    exits = fit.fit_tokens(fitting, SEED)
-    full, small = (Artifact(model.path, model.manifest) for model in (reference, quantized))
-    fields = {"input": "text"}
-    return _published(exits, full, small, fields, parts.tune, parts.certify, work, store, exporting, False)
+    held_out = HeldOut(parts.tune, parts.certify, self_labelled=True)
+    return Fitted(fit.fit_tokens(fitting, SEED), {"input": "text"}, held_out)
 
 
 def _published(
-    exits: fit.Exits,
-    full: Artifact,
-    small: Artifact,
-    fields: Mapping[str, Any],
-    tune: Sequence[Example] | CalibrationPart,
-    certify: Sequence[Example],
-    work: Path,
-    store: Store,
-    exporting: ExportSettings,
-    labelled: bool,
-    is_crossed: bool = False,
+    fitted: Fitted, full: Artifact, small: Artifact, work: Path, store: Store, exporting: ExportSettings
 ) -> Path:
     """Publish a classifier with these exits, and remove intermediate results.
 
-    full, small: the classifier in fp32 and int8. tune, certify, is_crossed: see `exporter.certified`.
+    full, small: the classifier in fp32 and int8.
     """
 
     def written(base: Artifact, draft: Draft) -> Model:
         # The source is set only for a classifier without exits.
-        manifest = write_exits(base, exits, draft, name=exporting.name, source=None, **fields)
+        manifest = write_exits(base, fitted.exits, draft, name=exporting.name, source=None, **fitted.fields)
         # By the kernels, as it is served: on some processors, ONNX Runtime's int8 products saturate.
         return Model(Artifact(draft.path, manifest))
 
@@ -196,7 +178,7 @@ def _published(
         is_int8 = exporting.precision == "int8"
         model = written(small if is_int8 else full, draft)
         plain = written(full, other) if is_int8 else model
-        path = certified(draft, model, plain, tune, certify, exporting, {}, not labelled, is_crossed)
+        path = certified(draft, model, plain, fitted.held_out, exporting, {})
     shutil.rmtree(work / UNFINISHED, ignore_errors=True)
     with suppress(OSError):  # it is not empty
         work.rmdir()
