@@ -298,7 +298,7 @@ def clock(
     seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 3.0,
     port: options.Port = 8100,
 ) -> None:
-    """Measure what exits gain over HTTP: requests/s and CPU time at full depth, at each τ, and without layers (τ = 1).
+    """Measure what exits gain over HTTP: requests/s and CPU time at full depth, each τ, and the first exit (τ = 1).
 
     Needs wrk.
 
@@ -306,7 +306,7 @@ def clock(
     """
     from lab import clock as study
 
-    found = [one.text for one in read(texts, text_column) if isinstance(one.text, str)]
+    found = [one.text for one in read(texts, text_column)]
     for line in study.table(study.measure(store, model, found, tau or [], rounds, seconds, port)):
         print(line)
 

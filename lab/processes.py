@@ -94,8 +94,9 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
 
 
 class Load(NamedTuple):
-    """Requests/s, the server's CPU time per request in µs, and quantiles of the latency in ms."""
+    """Requests, requests/s, the server's CPU time per request in µs, and quantiles of the latency in ms."""
 
+    requests: int
     rate: float
     cpu_us: float
     p50_ms: float
@@ -129,7 +130,7 @@ def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> 
     quantiles = [re.search(rf"{part}%\s+([\d.]+)(us|ms|s)\b", output) for part in (50, 99)]
     assert requests and rate
     times = [float(one[1]) * MS[one[2]] for one in quantiles if one]
-    return Load(float(rate[1]), used / int(requests[1]), *times)
+    return Load(int(requests[1]), float(rate[1]), used / int(requests[1]), *times)
 
 
 def _cpu_us(server: Running) -> float:

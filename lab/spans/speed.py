@@ -97,9 +97,9 @@ def measure(
                         expected = expected or spans
                         side.unlike, side.missed = rates(expected, spans)
                         side.tau = given[0]["exit"]["tau"] if "exit" in given[0] else None
-                    rate, _, p50_ms, _ = run_wrk(server, script, CONNECTIONS, seconds)
-                side.rates.append(rate)
-                side.p50_ms.append(p50_ms)
+                    load = run_wrk(server, script, CONNECTIONS, seconds)
+                side.rates.append(load.rate)
+                side.p50_ms.append(load.p50_ms)
 
 
 def _row(answer: dict[str, Any]) -> dict[str, Any]:
