@@ -63,7 +63,7 @@ class ExportSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Certifying:
+class CalibrationSamples:
     """Samples that choose and certify a model's exit rule.
 
     Attributes:
@@ -90,7 +90,7 @@ def export(checkpoint: Path, store: Store, settings: ExportSettings) -> Path:
     checkpoint cannot be exported. In both cases nothing is published.
     """
     opened = Checkpoint(checkpoint)
-    held_out = Certifying(opened.held_out("tune"), opened.held_out("certify"))
+    held_out = CalibrationSamples(opened.held_out("tune"), opened.held_out("certify"))
     from de3.export.parity import parity
 
     trained = Trained(opened)
@@ -121,7 +121,7 @@ def certified(
     draft: Draft,
     exported: Model,
     plain: Model,
-    held_out: Certifying,
+    held_out: CalibrationSamples,
     settings: ExportSettings,
     proof: dict[str, Any],
 ) -> Path:

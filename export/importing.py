@@ -29,7 +29,7 @@ from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
 from de3.export.calibrate import CalibrationPart
 from de3.export.classifier import Stock, convert
-from de3.export.exporter import Certifying, ExportSettings, certified
+from de3.export.exporter import CalibrationSamples, ExportSettings, certified
 from de3.export.publish import as_stored, write_exits
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.architecture import Precision
@@ -75,7 +75,7 @@ class Fitted:
 
     exits: fit.Exits
     fields: Mapping[str, Any]
-    held_out: Certifying
+    held_out: CalibrationSamples
 
 
 def import_classifier(
@@ -145,7 +145,7 @@ def import_classifier(
         "input": input_of(parts.train),
     }
     certify = certifying[: len(held_out)]
-    samples = Certifying(tune, certify, is_crossed=is_crossed, self_labelled=not settings.labelled)
+    samples = CalibrationSamples(tune, certify, is_crossed=is_crossed, self_labelled=not settings.labelled)
     return _published(Fitted(exits, fields, samples), full, small, work, store, exporting)
 
 
@@ -157,7 +157,7 @@ def _fit_spans(parts: Split, quantized: Model) -> Fitted:
     """
     tokens = [quantized.tokenize(*pair_of(e.text)) for e in parts.train]
     fitting = states.of_tokens(quantized, tokens, MAX_TOKENS_FITTED, SEED, "fitting")
-    held_out = Certifying(parts.tune, parts.certify, self_labelled=True)
+    held_out = CalibrationSamples(parts.tune, parts.certify, self_labelled=True)
     return Fitted(fit.fit_tokens(fitting, SEED), {"input": "text"}, held_out)
 
 

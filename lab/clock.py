@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
-from typing import Any
-from urllib.request import Request, urlopen
 
-from de3.loadtest.servers import Running, ours, process_tree, running
-from lab.processes import MAX_TEXTS, SCRIPT, run_wrk
+from de3.loadtest.servers import ours, running
+from lab.processes import MAX_TEXTS, SCRIPT, cpu_us, ratio, run_wrk
+from lab.spans.parity import ask
 
 CONNECTIONS = 16
 
@@ -53,36 +52,23 @@ def measure(
     with TemporaryDirectory() as name, running(ours(store, model), port, Path(name) / "log") as server:
         scripts = []
         for i, setting in enumerate(settings):
-            bodies = [json.dumps({"input": text, "tau": setting.tau}) for text in chosen]
-            answers = [_answer(server, body) for body in bodies]
+            bodies = [{"input": text, "tau": setting.tau} for text in chosen]
+            answers = list(ask(server.target.url, bodies))
             layers = [answer["data"][0]["exit"]["layer"] for answer in answers]
             tokens = [answer["usage"]["prompt_tokens"] for answer in answers]
             setting.layers = mean(layers)
             setting.weighted = sum(n * t for n, t in zip(layers, tokens, strict=True)) / sum(tokens)
             scripts.append(Path(name) / f"{i}.lua")
-            scripts[-1].write_text(SCRIPT % ",\n".join(f"[==[{body}]==]" for body in bodies))
+            scripts[-1].write_text(SCRIPT % ",\n".join(f"[==[{json.dumps(body)}]==]" for body in bodies))
         for number in range(-1, rounds):  # round −1 warms up
             for setting, script in zip(settings, scripts, strict=True):
-                before = _loops_us(server)
+                before = cpu_us(server, loops_only=True)
                 load = run_wrk(server, script, CONNECTIONS, seconds)
                 if number >= 0:
                     setting.rates.append(load.rate)
                     setting.cpu_us.append(load.cpu_us)
-                    setting.loop_us.append((_loops_us(server) - before) / load.requests)
+                    setting.loop_us.append((cpu_us(server, loops_only=True) - before) / load.requests)
     return settings
-
-
-def _answer(server: Running, body: str) -> Any:
-    url = server.target.url + server.target.path
-    request = Request(url, body.encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=20) as response:
-        return json.load(response)
-
-
-def _loops_us(server: Running) -> float:
-    """CPU time used so far by the main threads, which run the event loops, µs."""
-    files = (Path(f"/proc/{pid}/task/{pid}/schedstat") for pid in process_tree(server.process.pid))
-    return sum(int(file.read_text().split()[0]) for file in files) / 1000
 
 
 def ceiling(settings: Sequence[Setting], one: Setting) -> list[float]:
@@ -93,10 +79,10 @@ def ceiling(settings: Sequence[Setting], one: Setting) -> list[float]:
     """
     full, first = settings[0], settings[-1]
     found = []
-    for i, cpu_us in enumerate(full.cpu_us):
+    for i, full_us in enumerate(full.cpu_us):
         scale = first.cpu_us[i] / first.loop_us[i]
-        layers_us = (cpu_us - scale * full.loop_us[i]) * one.weighted / full.weighted
-        found.append(cpu_us / (scale * one.loop_us[i] + layers_us))
+        layers_us = (full_us - scale * full.loop_us[i]) * one.weighted / full.weighted
+        found.append(full_us / (scale * one.loop_us[i] + layers_us))
     return found
 
 
@@ -112,12 +98,7 @@ def table(settings: Sequence[Setting]) -> Iterator[str]:
             f"{f / o:.2f}×" if o else "–"
             for f, o in ((full.layers, one.layers), (full.weighted, one.weighted))
         ]
-        cells += [f"{median(one.loop_us):.0f}, {median(rest):.0f}", _ratio(full.cpu_us, one.cpu_us)]
-        cells += [f"{median(one.rates):,.0f}: {_ratio(one.rates, full.rates)}"]
+        cells += [f"{median(one.loop_us):.0f}, {median(rest):.0f}", ratio(full.cpu_us, one.cpu_us)]
+        cells += [f"{median(one.rates):,.0f}: {ratio(one.rates, full.rates)}"]
         cells += [f"{median(ceiling(settings, one)):.2f}×"]
         yield f"| {' | '.join(cells)} |"
-
-
-def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    return f"{median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})"

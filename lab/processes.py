@@ -116,12 +116,12 @@ def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> 
         str(script),
         server.target.url,
     ]
-    before = _cpu_us(server)
+    before = cpu_us(server)
     try:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError:
         raise ValueError("wrk is not installed: apt-get install wrk") from None
-    used = _cpu_us(server) - before
+    used = cpu_us(server) - before
     if "Non-2xx" in output or "Socket errors" in output:
         raise ValueError(f"requests failed:\n{output}")
     if " 0 requests in" in output:
@@ -133,12 +133,12 @@ def run_wrk(server: Running, script: Path, connections: int, seconds: float) -> 
     return Load(int(requests[1]), float(rate[1]), used / int(requests[1]), *times)
 
 
-def _cpu_us(server: Running) -> float:
-    """CPU time used so far by all threads of the server, µs."""
+def cpu_us(server: Running, loops_only: bool = False) -> float:
+    """CPU time used so far by all threads of the server, or only by the main ones, which run the event loops, µs."""
     files = (
         file
         for pid in process_tree(server.process.pid)
-        for file in Path(f"/proc/{pid}/task").glob("*/schedstat")
+        for file in Path(f"/proc/{pid}/task").glob(f"{pid if loops_only else '*'}/schedstat")
     )
     return sum(int(file.read_text().split()[0]) for file in files) / 1000
 
@@ -169,5 +169,10 @@ def _row(label: str, cells: list[str], ratio: str) -> str:
 
 
 def _ratio(values: list[list[float]]) -> str:
-    paired = [last / first for first, last in zip(values[0], values[-1], strict=True)]
+    return ratio(values[-1], values[0])
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> str:
+    """The ratio within a round: its median, and in parentheses its range over the rounds."""
+    paired = [a / b for a, b in zip(above, below, strict=True)]
     return f"{median(paired):.2f} ({min(paired):.2f} … {max(paired):.2f})"

@@ -12,7 +12,7 @@ from de3.export.full_depth import export_full_depth
 from de3.loadtest.servers import Server, fingerprint, ours, peer, running
 from de3.model_store.store import Store
 from lab.learn import label_of
-from lab.processes import MAX_TEXTS, SCRIPT, run_wrk
+from lab.processes import MAX_TEXTS, SCRIPT, ratio, run_wrk
 from lab.spans import Spans, percent, rates
 from lab.spans.parity import ask
 
@@ -121,17 +121,12 @@ def table(found: Sequence[Side]) -> tuple[list[str], list[list[str]]]:
     ]
     return columns, [
         [
-            *(side.server.name, f"{median(side.rates):.0f}", _ratio(side.rates, base.rates)),
+            *(side.server.name, f"{median(side.rates):.0f}", ratio(side.rates, base.rates)),
             *(f"{median(side.p50_ms):.2f}", percent(side.unlike), percent(side.missed)),
             "" if side.tau is None else f"{side.tau:g}",
         ]
         for side in found
     ]
-
-
-def _ratio(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
-    return f"{median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
 
 
 def numbers(found: Sequence[Side]) -> list[dict[str, Any]]:
