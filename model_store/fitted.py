@@ -15,9 +15,9 @@ NO_PIECE = 2**32 - 1  # fills the row of a text with fewer pieces
 # Two texts are near if they have this share of all their distinct word pieces in common; or if one has CONTAINED of the
 # other's, and these make up HALF of its words, as in a text that is repeated among others.
 NEAR, CONTAINED, HALF = 0.7, 0.9, 0.45
-# Limits on the work for a text: occurrences of its pieces that are counted, from the rarest on; and fitted texts that
-# are then compared with it, those with most of these pieces.
-MOST_COMPARED, MOST_ROWS = 2**17, 2**8
+# Limit on the work for a text: occurrences of its pieces in fitted texts. A text with more counts as near, so the limit
+# can only cost evidence; with MAX_FITTED texts, it takes more than 100 pieces that each of them has.
+MOST_COMPARED = 2**21
 
 Pieces = NDArray[np.uint32]
 
@@ -65,61 +65,41 @@ class FittedTexts:
         self._known = np.where(self._sizes < MOST_PIECES, MOST_COUNT, pieces[:, -1] >> 16)
 
     def is_near(self, pieces: Pieces) -> bool:
-        """True if a text that is near to this one was among those of the fit; also for a text without pieces."""
+        """True if a text that is near to this one was among those of the fit.
+
+        Also for a text without pieces, and for one that takes too much work to compare. Each fitted text is compared by
+        itself, so further ones never make a near text count as new: others choose them.
+        """
         found = pieces[pieces != NO_PIECE]
-        own, counts = (found >> 16).astype(np.int64), (found & MOST_COUNT).astype(np.int64)
-        if not len(own):
+        own, counts = (found >> 16).astype(np.int64), (found & MOST_COUNT).astype(np.float64)
+        parts = [slice(*self._starts[piece : piece + 2]) for piece in own.tolist()]
+        lengths = self._starts[own + 1] - self._starts[own]
+        if not len(own) or lengths.sum() > MOST_COMPARED:
             return True
+        texts = np.concatenate([self._texts[part] for part in parts])
+        times = np.concatenate([self._counts[part] for part in parts])
+        # For each fitted text: the pieces in common, and how many words of this and of that text they make up. One sum
+        # of exact numbers takes a third of the time of two.
+        both = np.bincount(texts, np.repeat(2.0**24 + counts, lengths), len(self._sizes)).astype(np.int64)
+        shared, words = both >> 24, both & (2**24 - 1)
+        their_words = np.bincount(texts, times, len(self._sizes))
         # Of long texts, the hashes up to the smaller of their largest ones are a sample of the pieces of both.
         mine = np.searchsorted(own, self._known, "right")
         all_mine = np.append(0, counts.cumsum())[mine]
-        rows = self._candidates(own, counts, mine, all_mine)
-        known = self.pieces[rows]
+        theirs, all_theirs = self._sizes.copy(), self._words.copy()
         if len(own) == MOST_PIECES:
-            known = np.where(known >> 16 <= own[-1], known, NO_PIECE)
-        hashes, times = known >> 16, np.where(known == NO_PIECE, 0, known & MOST_COUNT)
-        my_counts = np.zeros(2**16, np.int64)
-        my_counts[own] = counts
-        mine_in, is_known = my_counts[hashes], known != NO_PIECE
-        is_shared = mine_in > 0
-        shared, theirs, mine, all_mine = is_shared.sum(1), is_known.sum(1), mine[rows], all_mine[rows]
+            rows = np.flatnonzero(
+                (shared >= NEAR * mine) | (words >= HALF * all_mine)
+            )  # others cannot be near
+            is_in = self.pieces[rows] >> 16 <= own[-1]
+            theirs[rows], all_theirs[rows] = (
+                is_in.sum(1),
+                (self.pieces[rows] & MOST_COUNT).sum(1, where=is_in),
+            )
         is_near = shared >= NEAR * (theirs + mine - shared)
-        is_near |= (shared >= CONTAINED * theirs) & (mine_in.sum(1) >= HALF * all_mine)
-        is_near |= (shared >= CONTAINED * mine) & ((times * is_shared).sum(1) >= HALF * times.sum(1))
-        return bool((is_near & (theirs > 0)).any())
-
-    def _candidates(
-        self,
-        own: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        mine: NDArray[np.int64],
-        all_mine: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        """The fitted texts that may be near to a text, at most MOST_ROWS: those with most of its rarer pieces.
-
-        own, counts: the text's pieces, and how often they occur. mine, all_mine: for each fitted text, the number of
-        pieces and of words that are comparable with it.
-        """
-        lengths, n = self._starts[own + 1] - self._starts[own], len(self.pieces)
-        order = np.argsort(lengths)
-        number = int(np.searchsorted(lengths[order].cumsum(), MOST_COMPARED, "right"))
-        counted, common = order[:number], order[number:]
-        parts = [np.arange(self._starts[piece], self._starts[piece + 1]) for piece in own[counted]]
-        places = np.concatenate([*parts, own[:0]])
-        texts = self._texts[places]
-        found = np.bincount(texts, minlength=n)
-        words = np.bincount(texts, np.repeat(counts[counted], lengths[counted]), n) + counts[common].sum()
-        shared = found + len(common)  # at most: pieces that are too common are not counted
-        is_half = words >= HALF * all_mine
-        if len(own) == MOST_PIECES:  # which of a fitted text's pieces are comparable is not known yet
-            may_be = (shared >= NEAR * mine) | is_half
-        else:
-            their_words = np.bincount(texts, self._counts[places], n)
-            may_be = shared >= NEAR * (self._sizes + mine - shared)
-            may_be |= (shared >= CONTAINED * self._sizes) & is_half
-            may_be |= (shared >= CONTAINED * mine) & ((their_words >= HALF * self._words) | (len(common) > 0))
-        rows = np.flatnonzero(may_be)
-        return rows[np.argsort(-found[rows], kind="stable")[:MOST_ROWS]]
+        is_near |= (shared >= CONTAINED * theirs) & (words >= HALF * all_mine)
+        is_near |= (shared >= CONTAINED * mine) & (their_words >= HALF * all_theirs)
+        return bool((is_near & (shared > 0)).any())
 
     def are_near(self, pieces: Pieces) -> NDArray[np.bool_]:
         """is_near for texts, (n, MOST_PIECES)."""

@@ -365,43 +365,48 @@ def ledger_of(manifest: Manifest, **settings: Any) -> Ledger:
 @given(
     st.lists(st.lists(st.integers(0, 20), max_size=16), max_size=8),
     st.lists(st.integers(0, 20), max_size=16),
-    st.sampled_from([0, 5, 2**18]),
+    st.integers(0, 30),
 )
 def test_near_texts_share_most_of_their_word_pieces(
-    fitted: list[list[int]], one: list[int], compared: int
+    fitted: list[list[int]], one: list[int], limit: int
 ) -> None:
-    """Also if some pieces are too common to be counted."""
-    texts = FittedTexts(np.stack([pieces_with(*text) for text in fitted] or [pieces_with()])[: len(fitted)])
+    """Also a text that takes too much work to compare is near; and no further texts make it new."""
 
     def is_in(a: list[int], b: list[int]) -> bool:
         """True if b has nearly all pieces of a, and consists of them to nearly a half."""
         shared = {*a} & {*b}
         return len(shared) >= 0.9 * len({*a}) and sum(map(b.count, shared)) >= 0.45 * len(b)
 
-    is_near = not one or any(
+    def is_near(texts: list[list[int]]) -> bool:
+        return FittedTexts(np.stack([pieces_with(*text) for text in [*texts, []]])[:-1]).is_near(
+            pieces_with(*one)
+        )
+
+    expected = not one or any(
         len({*one} & {*text}) >= 0.7 * len({*one, *text}) or is_in(one, text) or is_in(text, one)
         for text in fitted
         if text
     )
+    assert is_near(fitted) == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("de3.model_store.fitted.MOST_COMPARED", compared)
-        found = texts.is_near(pieces_with(*one))
-    assert found == is_near
+        patch.setattr("de3.model_store.fitted.MOST_COMPARED", limit)
+        found = [is_near(fitted[:count]) for count in range(len(fitted) + 1)]
+    assert found == sorted(found) and found[-1] >= expected
+    assert found[-1] == (expected or sum(len({*one} & {*text}) for text in fitted) > limit)
 
 
-def test_only_the_fitted_texts_with_most_of_a_texts_pieces_are_compared_with_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Comparing it with each of many long texts would block the event loop."""
-    monkeypatch.setattr("de3.model_store.fitted.MOST_ROWS", 1)
+@pytest.mark.parametrize("length", [12, 300])
+def test_no_number_of_decoys_hides_a_copy(length: int) -> None:
+    """Texts with nearly all pieces of another one's text, and as many others, are not near to it: a copy of it is."""
     pieces = np.random.default_rng(0).permutation(2**16 - 1).tolist()
-    # Longer texts with all of its pieces hide no copy, with a piece less or more.
-    for own, shared, copies in ((pieces[:400], 220, (390,)), (pieces[:12], 12, (11, 13))):
-        others = [pieces_with(*own[:shared], *pieces[400 * n : 400 * n + 250]) for n in range(1, 5)]
-        assert not FittedTexts(np.stack(others)).is_near(pieces_with(*own))
-        for count in copies:
-            copy = pieces_with(*pieces[:count])
-            assert FittedTexts(np.stack([*others, copy])).is_near(pieces_with(*own))
+    own, share = pieces[:length], (4 * length) // 5
+    decoys = [
+        pieces_with(*own[:share], *pieces[length * (n + 1) : length * (n + 2) + length // 2])
+        for n in range(600 if length < 256 else 60)
+    ]
+    assert not FittedTexts(np.stack(decoys)).is_near(pieces_with(*own))
+    for copy in (own[1:], [*own, pieces[-1]]):
+        assert FittedTexts(np.stack([*decoys, pieces_with(*copy)])).is_near(pieces_with(*own))
 
 
 @pytest.mark.parametrize("added", [range(0), range(24), range(1000, 1024)])
