@@ -211,7 +211,9 @@ def p99(
 def copies(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],
-    attack: Annotated[str, typer.Option(help='As "copies edit order sender"; see lab/studies/copies.py.')],
+    attack: Annotated[
+        str, typer.Option(help='As "copies edit order sender [decoys]"; see lab/studies/copies.py.')
+    ],
     guarantee: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.05,
     own: Annotated[int, typer.Option(help="Texts of the victim before it is measured.", min=1)] = 1500,
     unseen: Annotated[int, typer.Option(help="Texts of the victim on which it is measured.", min=1)] = 1000,

@@ -329,25 +329,45 @@ def test_the_newest_are_fitted_and_tests_are_limited() -> None:
         assert fits.numbers.tolist() == list(range(10_001 - most, 30_001 - most))
 
 
+@pytest.mark.parametrize("has_upstream", [False, True])
 @pytest.mark.parametrize("by_client", [False, True])
 def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
-    some: Records, base: Artifact, by_client: bool, tmp_path: Path
+    some: Records, base: Artifact, by_client: bool, has_upstream: bool, tmp_path: Path
 ) -> None:
     """Whoever sent them, at the fit and when the version is tested again; the speed-ups are those on other texts.
 
     If each client has a guarantee of its own, all its held-out records test, even if it sends far less than another.
+    Texts with most of the words of many others, sent before the copies, hide none of them.
     """
     pieces = np.stack([pieces_with(*range(10 * i, 10 * i + 10)) for i in range(400)])
     pieces[300:] = pieces[:100]
     pieces[300:, 9] = NO_PIECE  # nine of ten
-    copied = replace(some, pieces=pieces, texts=[3600.0, 400.0] if by_client else some.texts)
+    decoys = np.stack(
+        [
+            pieces_with(*(p for p in range(250 * (i % 4), 250 * (i % 4 + 1)) if p % 10 < 9))
+            for i in range(1200)
+        ]
+    )
+    rows = np.concatenate([np.zeros(1200, np.int64), np.arange(400)])
+    copied = replace(
+        some.part(rows),
+        pieces=np.concatenate([decoys, pieces]),
+        texts=[4800.0, 400.0] if by_client else some.texts,
+        numbers=np.arange(1600),
+        extra=np.arange(1600) < 1200,
+    )
+    if has_upstream:
+        states = np.concatenate([copied.states, copied.states[:, -1:]], 1)
+        base = replace(base, manifest=base.manifest.model_copy(update={"upstream": "0" * 64}))
+        copied = replace(copied, states=states)
     found = learning.fit_exits(copied, base.manifest, 1, Limits(0.2), by_client=by_client)
     assert [row.key for row in found.evidence] == [*range(240, 300), *[None] * 100]
-    assert {row.cut for row in found.evidence} == {239}
-    store = Store(tmp_path)
-    made = store.open_path(learning.publish(base, found, store, 1, 400, version=FIRST))
-    again = learning.test(made, copied, 0, by_client).evidence
-    assert [(row.key, row.number) for row in again] == [(row.key, row.number) for row in found.evidence]
+    assert {row.cut for row in found.evidence} == {1439}
+    if not has_upstream:
+        store = Store(tmp_path)
+        made = store.open_path(learning.publish(base, found, store, 1, 400, version=FIRST))
+        again = learning.test(made, copied, 0, by_client).evidence
+        assert [(row.key, row.number) for row in again] == [(row.key, row.number) for row in found.evidence]
 
 
 def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:

@@ -62,7 +62,7 @@ def copies(
     attack: Annotated[
         list[str] | None,
         typer.Option(
-            help='As "copies edit order sender"; repeat for more (lab/studies/copies.py). Default: all.'
+            help='As "copies edit order sender [decoys]"; repeat for more (lab/studies/copies.py). Default: all.'
         ),
     ] = None,
     rate: Annotated[float, typer.Option(help="The guaranteed rate of disagreement.")] = 0.02,

@@ -8,7 +8,8 @@ of the victim's next texts, which neither has sent.
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,10 @@ from de3.progress import console, track
 
 TEXTS, UNSEEN = 1200, 2500  # of the victim: sent before the fit, and next
 LAG = 50  # texts between an original and its copies that follow it
+GROUP, COMMON = (
+    20,
+    100,
+)  # a decoy has the words of so many texts that are not among the most common ones, and these
 FIT = 3  # number of the fit
 
 Edit = Callable[[str, random.Random, Sequence[str]], str]
@@ -42,12 +47,6 @@ def _drop(text: str, rng: random.Random, _: Sequence[str]) -> str:
     words = text.split()
     del words[rng.randrange(len(words))]
     return " ".join(words) or text
-
-
-def _halve(text: str, rng: random.Random, _: Sequence[str]) -> str:
-    words = text.split()
-    kept = sorted(rng.sample(range(len(words)), -(-len(words) // 2)))
-    return " ".join(words[i] for i in kept)
 
 
 def _swap(text: str, rng: random.Random, _: Sequence[str]) -> str:
@@ -64,6 +63,27 @@ def _add(count: int, text: str, rng: random.Random, others: Sequence[str]) -> st
     return " ".join(words)
 
 
+def _keep(share: float, text: str, rng: random.Random, _: Sequence[str]) -> str:
+    words = text.split()
+    kept = sorted(rng.sample(range(len(words)), max(1, round(share * len(words)))))
+    return " ".join(words[i] for i in kept)
+
+
+def _replace(share: float, text: str, rng: random.Random, others: Sequence[str]) -> str:
+    words = text.split()
+    for i in rng.sample(range(len(words)), round(share * len(words))):
+        words[i] = rng.choice(rng.choice(others).split())
+    return " ".join(words)
+
+
+def _misspell(text: str, rng: random.Random, _: Sequence[str]) -> str:
+    words = text.split()
+    for i in rng.sample(range(len(words)), -(-len(words) // 3)):
+        at = rng.randrange(len(words[i]))
+        words[i] = words[i][:at] + rng.choice("aeiou") + words[i][at + 1 :]
+    return " ".join(words)
+
+
 def _repeat(times: int, text: str, rng: random.Random, others: Sequence[str]) -> str:
     words = set(text.split())
     new = {word for other in rng.sample(others, 60) for word in other.split()} - words
@@ -74,8 +94,12 @@ EDITS: dict[str, Edit] = {
     "point": lambda text, *_: f"{text} .",
     "well": lambda text, *_: f"well , {text}",
     "drop": _drop,
-    "halve": _halve,
+    "halve": partial(_keep, 0.5),
     "swap": _swap,
+    "forty": partial(_keep, 0.4),
+    "word": partial(_keep, 0.0),
+    "replace": partial(_replace, 0.25),
+    "misspell": _misspell,
     "add": partial(_add, 2),
     "add4": partial(_add, 4),
     "twice": partial(_repeat, 2),
@@ -95,21 +119,23 @@ class Attack:
         order: ahead (all copies before the first original), behind (each soon after its original), or apart (copies of
             other texts, which changes nothing: the control).
         sender: another (tenant), keyless (another client of a server without keys), or self (the victim).
+        decoys: before everything else, so many texts for each GROUP of the copied texts, with all their words.
     """
 
     copies: int
     edit: str
     order: str
     sender: str
+    decoys: int = 0
 
     @classmethod
     def of(cls, text: str) -> "Attack":
-        """Read "copies edit order sender"."""
-        copies, edit, order, sender = text.split()
+        """Read "copies edit order sender", or "copies edit order sender decoys"."""
+        copies, edit, order, sender, *decoys = text.split()
         known = {*EDITS}, {"ahead", "behind", "apart"}, {"another", "keyless", "self"}
         if any(one not in names for one, names in zip((edit, order, sender), known, strict=True)):
             raise ValueError(f"unknown attack: {text}")
-        return cls(int(copies), edit, order, sender)
+        return cls(int(copies), edit, order, sender, *map(int, decoys))
 
 
 TEMPLATES = (
@@ -142,6 +168,11 @@ ATTACKS = (
     "3 twice ahead another",
     "3 five-times ahead another",
     "3 point behind self",
+    "10 forty ahead another",
+    "20 replace ahead another",
+    "10 misspell ahead another",
+    "20 word ahead another",
+    "4 point ahead another 100",
     "3 point behind keyless",
     "3 drop ahead keyless",
 )
@@ -188,13 +219,30 @@ def stream(
     """The client and text of each request. texts: the victim's. others: further texts, which it does not send."""
     edit, owner = EDITS[attack.edit], int(attack.sender != "self")
     originals = [(i * (attack.copies + 1), 0, text) for i, text in enumerate(texts)]
-    sent = [*originals]
-    for i, text in enumerate(texts if attack.order != "apart" else others[: len(texts)]):
+    copied = texts if attack.order != "apart" else others[: len(texts)]
+    sent = [*originals, *_decoys(attack.decoys, owner, copied, others, rng)]
+    for i, text in enumerate(copied):
         for _ in range(attack.copies):
             ahead = i - len(texts) * (attack.copies + 1)
             at = ahead if attack.order == "ahead" else originals[i][0] + rng.randrange(1, LAG)
             sent.append((at, owner, edit(text, rng, others)))
     return [(client, text) for _, client, text in sorted(sent, key=lambda one: one[0])]
+
+
+def _decoys(
+    count: int, owner: int, copied: Sequence[str], others: Sequence[str], rng: random.Random
+) -> Iterator[tuple[int, int, str]]:
+    """Decoys, in the form of `originals`, before all other texts.
+
+    A look-up that compares only some of the fitted texts, those with most of a text's words, finds these instead of the
+    copies.
+    """
+    words = Counter(word for text in others for word in text.split())
+    common = [word for word, _ in words.most_common(COMMON)]
+    for start in range(0, len(copied) if count else 0, GROUP):
+        rare = sorted({word for text in copied[start : start + GROUP] for word in text.split()} - {*common})
+        for _ in range(count):
+            yield -(10**9), owner, " ".join(rng.sample([*rare, *common], len(rare) + COMMON))
 
 
 class Outcome(NamedTuple):
