@@ -21,6 +21,7 @@ def run(
     url: options.Url,
     texts: options.Texts,
     text_column: options.TextColumn = "text",
+    label_column: options.LabelColumn = "label",
     label_names: options.LabelNames = "",
     rate: Annotated[
         float | None,
@@ -49,7 +50,7 @@ def run(
     from de3.loadtest import report
     from de3.loadtest.client import Target, ask_alone, send_traffic, wrong_labels
 
-    samples = with_long(read(texts, text_column, label_names=label_names), long_share)
+    samples = with_long(read(texts, text_column, label_column, label_names), long_share)
     samples = with_taus(samples, tau or [])
     target = Target(url, key=os.environ.get("DE3_API_KEY", ""))
     try:
@@ -77,6 +78,7 @@ def ramp(
     store: options.Store = Path("models"),
     model: options.Model = "sst2",
     text_column: options.TextColumn = "text",
+    label_column: options.LabelColumn = "label",
     label_names: options.LabelNames = "",
     slo_p99_ms: options.SloP99 = 50.0,
     out: Annotated[Path, typer.Option(help="Folder for ramp.json and ramp.png.")] = Path("loadtest-results"),
@@ -90,7 +92,7 @@ def ramp(
     from de3.loadtest.ramp import ramp as run_ramp
     from de3.loadtest.report import console, show
 
-    samples = read(texts, text_column, label_names=label_names)
+    samples = read(texts, text_column, label_column, label_names)
     results = run_ramp(store, model, samples, slo_p99_ms, out)
     keys = ("offered_per_s", "answered", "within_slo", "p50_ms", "p99_ms", "accuracy", "tau")
     table = Table("controller", "phase", *keys)
@@ -184,6 +186,7 @@ def compare(
         list[float] | None, typer.Option(min=0, max=1, help="A τ besides the default and 0; repeat for more.")
     ] = None,
     text_column: options.TextColumn = "text",
+    label_column: options.LabelColumn = "label",
     label_names: options.LabelNames = "",
     seconds: options.Seconds = 6.0,
     rounds: options.Rounds = 3,
@@ -206,7 +209,7 @@ def compare(
     from de3.loadtest.servers import ours, peer_models, peers
     from de3.progress import duration
 
-    samples = read(texts, text_column, label_names=label_names)
+    samples = read(texts, text_column, label_column, label_names)
     if rounds == 1:
         samples = samples[:: -(-len(samples) // QUICK_TEXTS)]
     artifact = artifact_of(model, store)

@@ -347,13 +347,13 @@ def differing(
     return {"count": len(differ), "of": len(both), "share": len(differ) / len(both), "texts": differ}
 
 
-def accuracy(run: Run) -> float | None:
-    """Accuracy on the samples with a known label; None if there are none, or if the server uses other label names."""
-    pairs = [
-        (label, run.samples[answer.sample].label)
-        for answer, label in zip(run.answers, run.labels, strict=True)
-        if answer.status == 200 and run.samples[answer.sample].label is not None
-    ]
+def accuracy(samples: list[Sample], labels: list[str | None]) -> float | None:
+    """Accuracy of the answers to the samples with a known label; labels: None for a sample without an answer.
+
+    None if there are no such samples, or if the server uses other label names.
+    """
+    both = zip(labels, (sample.label for sample in samples), strict=True)
+    pairs = [pair for pair in both if None not in pair]
     if {a for a, _ in pairs}.isdisjoint(b for _, b in pairs):
         return None
     return sum(a == b for a, b in pairs) / len(pairs)

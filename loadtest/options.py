@@ -18,7 +18,8 @@ Stock = Annotated[
 ]
 Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]
 TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
-LabelNames = Annotated[str, typer.Option(help='Comma-separated names of numeric labels (column "label").')]
+LabelColumn = Annotated[str, typer.Option(help="Column of the labels, for the accuracy; it may be missing.")]
+LabelNames = Annotated[str, typer.Option(help="Comma-separated names of numeric labels.")]
 Seconds = Annotated[float, typer.Option(help="Duration of one measurement.", min=0.5)]
 Rounds = Annotated[
     int,

@@ -36,7 +36,7 @@ def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
         "answers_per_s": round(run.rate(), 1),
         "statuses": {str(k): v for k, v in sorted(run.statuses().items())},
         "wrong_labels": wrong,
-        "accuracy": accuracy(run),
+        "accuracy": accuracy([run.samples[answer.sample] for answer in run.answers], run.labels),
         "generator": {
             "cpu_share": round(run.cpu_s / run.seconds, 3),
             "late_p99_ms": round(run.lateness_ms(0.99), 2) if run.offered else None,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from de3.loadtest import client, ramp, report, servers
+from de3.loadtest import client, compare, ramp, report, servers
 from de3.loadtest.client import Target, accuracy, ask_alone, quantile, send_traffic, wrong_labels
 from de3.loadtest.texts import Sample, read, with_long, with_taus
 from de3.model_store.store import Store
@@ -96,9 +96,9 @@ def test_a_run_counts_what_was_answered_in_time() -> None:
     assert run.rate() == 2 and run.statuses() == {200: 3, 503: 1, 0: 1}
     assert run.latencies_ms() == pytest.approx([400, 700, 700]) and run.latencies_ms(long=True) == []
     run.labels = [SAMPLES[0].label, "neither", "neither", None, None]
-    assert accuracy(run) == pytest.approx(1 / 3)
+    assert report.summary(run)["accuracy"] == pytest.approx(1 / 3)
     run.labels = ["unknown"] * 5
-    assert accuracy(run) is None  # other names of labels
+    assert report.summary(run)["accuracy"] is None  # other names of labels
     assert run.lateness_ms(1) == pytest.approx(400) and run.lateness_ms(0) == 0
     assert [quantile([3, 1, 2, 5, 4], share) for share in (0.5, 0.99)] == [3, 5]  # in any order
 
@@ -144,6 +144,29 @@ def test_answers_differ_only_where_both_servers_answered_with_the_same_label_nam
     assert client.differing(samples, ["LABEL_0"] * 4, ["a", "b", "a", "a"]) is None
 
 
+def test_compare_computes_the_accuracy_from_the_texts_sent_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = SAMPLES[:4]
+
+    def answer(number: int) -> bytes:
+        label = samples[number].label if number < len(samples) else None
+        return reply(label or "under load")
+
+    @contextmanager
+    def running(*_: object) -> Iterator[servers.Running]:
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        yield servers.Running(target, process)
+        process.wait()
+
+    monkeypatch.setattr(compare, "running", running)
+    comparison = compare.Comparison([servers.Server("de3", [])], samples, tmp_path, 0.1, rounds=1)
+    with plain_server(answer) as target, pytest.raises(ValueError, match="no peer could be started"):
+        comparison.all(None)
+    (row,) = comparison.results["saturation"]["de3"]
+    assert row["accuracy"] == 1 and row["wrong_labels"] > 0
+
+
 def test_against_the_real_server(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = Store(store).open("tiny-int8").manifest.labels
     samples = [Sample(s.text, names[int(s.label)]) if s.label in ("0", "1") else s for s in SAMPLES]
@@ -153,13 +176,13 @@ def test_against_the_real_server(store: Path, tmp_path: Path, monkeypatch: pytes
         alone = ask_alone(target, samples)
         run = send_traffic(target, samples, seconds=0.2, connections=8)
         assert wrong_labels(run, alone) == 0 and set(run.statuses()) == {200}
-        share = accuracy(run)
+        share = accuracy(samples, alone)
         assert share is not None and share > 0.7
         file = tmp_path / "texts.tsv"
-        file.write_text("text\tlabel\n" + "".join(f"{s.text}\t{s.label}\n" for s in samples))
+        file.write_text("text\tsentiment\n" + "".join(f"{s.text}\t{s.label}\n" for s in samples))
         command = (
             f"loadtest run {server.url} --texts {file} --seconds 0.5 --rate 50 --tau 0 --tau 0.5 "
-            f"--json {tmp_path}/r.json"
+            f"--json {tmp_path}/r.json --label-column sentiment"
         )
         refused = invoke(command)
         assert re.search(r"[1-9]\d* × 401 ", refused.output)
@@ -168,6 +191,7 @@ def test_against_the_real_server(store: Path, tmp_path: Path, monkeypatch: pytes
         de3(command)
         numbers = json.loads((tmp_path / "r.json").read_text())
         assert numbers["wrong_labels"] == 0 and set(numbers["statuses"]) == {"200"}
+        assert numbers["accuracy"] > 0.7
         # Another server on the port would be measured instead.
         for port, says in ((server.port, f"already answers on port {server.port}"), (1, "no such thing")):
             broken = servers.Server("broken", ["/bin/sh", "-c", "echo no such thing; exit 1"])

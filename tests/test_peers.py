@@ -12,7 +12,7 @@ from de3.loadtest.compare import Comparison
 from de3.loadtest.servers import Server, lean_peers
 from de3.loadtest.texts import Sample
 from tests.commands import de3, refusal
-from tests.fixtures import make_rows, save_encoder, write_rows
+from tests.fixtures import make_rows, save_encoder
 
 SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 TEXTS = [text for text, _ in make_rows(20, 5)]
@@ -52,7 +52,8 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_encoder(tmp_path / "classifier", labels=2)
-    texts = write_rows(tmp_path / "texts.jsonl", make_rows(30, 4))
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text,intent\n" + "".join(f"{sample.text},LABEL_{sample.label}\n" for sample in SAMPLES))
     monkeypatch.setenv("DE3_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(servers, "environment", lambda *_: Path(sys.executable))
     monkeypatch.setattr(servers, "python_of", lambda _: Path(sys.executable))
@@ -60,7 +61,7 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as in a wheel without extras: no plots
     command = (
         f"loadtest compare --model {model} --store {tmp_path}/none --texts {texts} "
-        f"--peer fused_app --seconds 0.5 --out {tmp_path}/out --rounds 2"
+        f"--peer fused_app --seconds 0.5 --out {tmp_path}/out --rounds 2 --label-column intent"
     )
     said = f"--tau: {model} has no exits; all its answers come from full depth"
     assert refusal(f"{command} --tau 0.1") == said
@@ -70,4 +71,6 @@ def test_a_classifier_without_exits_is_compared_at_full_depth(
     assert not list((tmp_path / "out").glob("*.png"))
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["differ"][peer] == {"count": 0, "of": 30, "share": 0.0, "texts": []}
-    assert results["saturation"][peer][0]["memory_mb"] > 20
+    rows = results["saturation"][peer]
+    assert rows[0]["memory_mb"] > 20
+    assert rows[0]["accuracy"] == rows[1]["accuracy"] is not None
