@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -208,6 +209,18 @@ class Learned(ManifestPart):
     cut: Annotated[int, Field(ge=0, le=2**53)] | None = None
 
 
+@lru_cache(maxsize=64)  # a property of the manifest that is cached would be copied with it, to other labels
+def _kind_of(
+    labels: tuple[str, ...],
+    aggregation: Aggregation | None,
+    thresholds: tuple[float, ...] | None,
+    tolerance: float | None,
+) -> Kind:
+    if aggregation is not None:
+        return Spans(SpanRule(labels, aggregation))
+    return kind_of_text(thresholds, tolerance)
+
+
 class Manifest(Architecture):
     """manifest.json of an artifact.
 
@@ -404,9 +417,9 @@ class Manifest(Architecture):
     @property
     def kind(self) -> Kind:
         """What an answer is, without a request's options."""
-        if self.aggregation is not None:
-            return Spans(SpanRule(tuple(self.labels), self.aggregation))
-        return kind_of_text(self.thresholds, self.tolerance)
+        labels = () if self.aggregation is None else tuple(self.labels)
+        thresholds = None if self.thresholds is None else tuple(self.thresholds)
+        return _kind_of(labels, self.aggregation, thresholds, self.tolerance)
 
     @property
     def has_classes(self) -> bool:

@@ -18,6 +18,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from de3.commands.options import say_published
+from de3.exits.kinds import Spans
 from de3.model_store.graph import stored
 from de3.model_store.manifest import EXITS, OLD_VERSION, PROTOTYPES
 from de3.model_store.model import Model, exit_weights, read_segments
@@ -359,6 +360,15 @@ def test_a_version_appears_whole_or_not_at_all(
     target.open("tiny").verify()
     assert published.stat().st_mode & 0o777 == 0o755  # also for a server that runs as another user
     assert synced == [*files, "manifest.json", "tiny"]  # so a power failure loses nothing, either
+
+
+def test_the_kind_of_a_manifest_is_computed_once(store: Path) -> None:
+    manifest = Store(store).open("tiny").manifest
+    for fields in ({"aggregation": "first"}, {"thresholds": [0.5, 0.25]}, {"tolerance": 0.5}):
+        changed = manifest.model_copy(update=fields)
+        assert changed.kind is changed.kind != manifest.kind
+    relabelled = changed.model_copy(update={"aggregation": "first", "labels": ["O", "B-name"]})
+    assert isinstance(relabelled.kind, Spans) and relabelled.kind.rule.names == ["name"]
 
 
 def test_a_taken_version_is_never_replaced(copy: Path) -> None:
