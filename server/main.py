@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import uvloop
+
 from de3.model_store.store import Artifact, Store
 from de3.runtime.processes import number_of_processes
 from de3.server import memory
@@ -16,7 +18,7 @@ from de3.server.http.http_server import HttpServer, stop_signals, uvicorn_config
 from de3.server.http.traces import check_can_trace
 from de3.server.learn.learners import check_can_fit
 from de3.server.models import find
-from de3.server.processes.supervisor import ServerError, supervise
+from de3.server.processes.supervisor import ServerError, Supervisor
 from de3.server.service import EngineError, Service
 from de3.server.settings import Settings
 
@@ -24,8 +26,8 @@ from de3.server.settings import Settings
 def _bind(host: str, port: int) -> list[socket.socket]:
     """Bind a TCP socket to each address of a host; raises ValueError if an address cannot be bound.
 
-    Called before models are loaded, so that an unusable address fails at once. With port 0, all sockets get the
-    same free port.
+    Called once the settings are checked, so that a wrong one is reported whatever uses the port, but before models are
+    loaded, so that an unusable address fails at once. With port 0, all sockets get the same free port.
     """
     bound: list[socket.socket] = []
     try:
@@ -83,21 +85,21 @@ def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
 
 
 def _serve(settings: Settings, artifacts: Sequence[Artifact]) -> None:
-    listening = _bind(settings.host, settings.port)
     if settings.processes > 1:
+        supervisor = Supervisor(settings, artifacts)
         try:
-            supervise(settings, artifacts, listening)
+            uvloop.run(supervisor.run(_bind(settings.host, settings.port)))
         except ServerError:  # already logged
             sys.exit(1)
         return
-    for one in listening:  # uvicorn binds its own sockets
-        one.close()
     service = Service(settings, artifacts)
 
     def stop() -> None:
         server.should_exit = True
 
     server = HttpServer(uvicorn_config(service, stop), service)
+    for one in _bind(settings.host, settings.port):  # uvicorn binds its own sockets
+        one.close()
     # uvicorn raises these signals again after it has shut down. With these handlers, a drained server exits with 0.
     for number in stop_signals():
         signal.signal(number, server.handle_exit)

@@ -228,7 +228,10 @@ def test_a_damaged_model_ends_the_server_with_the_reason(
         ("--model [/x]", "'[/x]'"),
         ("--model tiny --port {taken}", "--port"),
         ("--model tiny --trusted-proxy 10.0.0.1/99", "trusted_proxies.0: '10.0.0.1/99'"),
-        *((f"--alias x=other --processes {n}", "--alias x=other: other is not served") for n in (1, 2)),
+        *(
+            (f"--alias x=other --processes {n} --port {{taken}}", "--alias x=other: other is not served")
+            for n in (1, 2)
+        ),
     ],
 )
 def test_wrong_settings_are_one_line_before_models_are_loaded(
@@ -239,7 +242,7 @@ def test_wrong_settings_are_one_line_before_models_are_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for owner in (HttpServer, Supervisor):
-        monkeypatch.setattr(owner, "run", lambda _: pytest.fail("models are loaded"))
+        monkeypatch.setattr(owner, "run", lambda *_: pytest.fail("models are loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = arguments.format(taken=taken.getsockname()[1]).split()
         assert exit_code(monkeypatch, "serve", "--store", str(store), *words) == 1

@@ -88,7 +88,8 @@ class Idle(Supervisor):
 
     def __init__(self, store: Path, processes: int = 2, listening: socket.socket | None = None) -> None:
         settings = Settings(store=store, processes=processes, drain_s=600)
-        super().__init__(settings, (), [] if listening is None else [listening])
+        super().__init__(settings, ())
+        self._connections = Connections(self._group, [] if listening is None else [listening])
         self._over = self.over = asyncio.get_running_loop().create_future()
         self.group, self.pauses = self._group, list[float]()
 

@@ -15,8 +15,6 @@ from multiprocessing import get_context
 from time import monotonic, perf_counter
 from typing import Any
 
-import uvloop
-
 from de3.model_store.store import Artifact, Store
 from de3.runtime.background import keep_running, report, report_unhandled, run_once
 from de3.server.http.access import Access
@@ -45,14 +43,12 @@ class ServerError(Exception):
 class Supervisor:
     """Runs the processes of a server."""
 
-    def __init__(
-        self, settings: Settings, artifacts: Sequence[Artifact], listening: list[socket.socket]
-    ) -> None:
-        """artifacts: see Service. listening: bound sockets.
+    def __init__(self, settings: Settings, artifacts: Sequence[Artifact]) -> None:
+        """artifacts: see Service.
 
         Raises StoreError as find() does, and ValueError for a setting that cannot be met.
         """
-        self._settings, self._artifacts, self._listening = settings, artifacts, listening
+        self._settings, self._artifacts = settings, artifacts
         found = find(Store(settings.store, settings.state_dir), settings.models, artifacts)  # raises early
         self._default = default_of(settings, found, bool(settings.models or artifacts))
         self._access = Access(settings)
@@ -61,7 +57,6 @@ class Supervisor:
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(["__main__", worker.__name__])
         self._group, self._weights = Group(settings.processes), Weights()
-        self._connections = Connections(self._group, listening)
         self._models = SharedModels(settings, self._group, self._weights)
         self._coordinator = self._models.coordinator
         self._metrics = SharedMetrics(self._group, self._coordinator, settings)
@@ -70,14 +65,16 @@ class Supervisor:
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
         self._lives: dict[int, asyncio.Task[None]] = {}  # by number; each task ends with its process
         self._over: asyncio.Future[Exception | None]
+        self._connections: Connections
+        self._url = ""
         self._started = 0.0
         self._ended: dict[
             int, float
         ] = {}  # by number, of processes that are being replaced: when the first ended
         self._has_opened = self._was_complete = self._is_draining = False
 
-    async def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or SIGHUP.
+    async def run(self, listening: Sequence[socket.socket]) -> None:
+        """Serve until SIGTERM, SIGINT or SIGHUP. listening: bound sockets.
 
         Raises ValueError if the models cannot be loaded at startup, and ServerError if the server cannot continue for
         another reason.
@@ -87,9 +84,10 @@ class Supervisor:
         report_unhandled(loop)
         for one in stop_signals():
             loop.add_signal_handler(one, self._signalled)
+        self._connections, self._url = Connections(self._group, listening), url_of(listening[0])
         self._connections.start()
         self._coordinator.start()
-        host, port = self._listening[0].getsockname()[:2]
+        host, port = listening[0].getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         logging.getLogger("uvicorn.error").info(
             "Uvicorn running on http://%s:%d (Press CTRL+C to quit)", address, port
@@ -254,8 +252,7 @@ class Supervisor:
         def ready() -> None:
             if not self._has_opened and self._models.are_loaded:
                 self._has_opened = True
-                url, manifests = url_of(self._listening[0]), self._models.manifests
-                say_ready(hint(url, manifests, self._default, self._settings.has_keys))
+                say_ready(hint(self._url, self._models.manifests, self._default, self._settings.has_keys))
             process.has_opened = True
             self._starts[process.number] = 0
             if (ended := self._ended.pop(process.number, None)) is not None:
@@ -305,9 +302,3 @@ async def _end_of(process: Process, control: socket.socket, handlers: dict[str, 
         waiting.cancel()
         loop.remove_reader(sentinel)
     await running  # until its last messages are handled
-
-
-def supervise(settings: Settings, artifacts: Sequence[Artifact], listening: list[socket.socket]) -> None:
-    """Run a server of several processes until SIGTERM, SIGINT or SIGHUP; see Supervisor."""
-    supervisor = Supervisor(settings, artifacts, listening)
-    uvloop.run(supervisor.run())
