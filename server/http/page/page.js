@@ -19,17 +19,17 @@ const EXAMPLES = {
 };
 const $ = (id) => document.getElementById(id);
 // inForce: the tau_choice of requests without exit options. hasMoved: the user has moved the slider. compared: the
-// answers to the page's own requests at full depth, which the live figures leave out.
+// answers to the page's own requests at full depth, which the live figures leave out. warm: the model that has answered once.
 const state = {
   models: [], model: null, table: [], choice: "tau", hasMoved: false, inForce: null, fullDepth: null, shown: null,
-  samples: [], compared: [],
+  samples: [], compared: [], warm: null,
 };
 
 // The exit options of the slider, by request field: values, initial value, text and hint; calibrated: needs a table.
 const CHOICES = {
   tau: {
     name: "Threshold τ",
-    label: () => `τ: exit at the first layer whose ${signal(state.model.defaults.signal).below}`,
+    label: () => `τ: exit at the first layer whose ${signal(state.model.defaults.signal).name} is below it`,
     values: () => {
       const grid = state.table.length ? state.table.map((row) => row.tau) : squares(60);
       return [...new Set([...grid, state.inForce.tau])].sort((a, b) => a - b);
@@ -65,13 +65,13 @@ const CHOICES = {
     hint: "The text goes as deep as the time allows. A budget too small for the first exit is refused.",
   },
 };
-// The signals: name beside the bar, and the end of "exit at the first layer whose …". Others keep their name.
+// The signals: name, and what the legend adds to it. Others keep their name.
 const SIGNALS = {
-  risk: { name: "risk that the answer differs from full depth", below: "risk is below it" },
-  edr: { name: "EDR: the two combined", below: "EDR is below it" },
-  entropy: { name: "score: the entropy", below: "entropy is below it" },
+  risk: { name: "risk", more: " that the answer differs from full depth" },
+  edr: { name: "EDR", more: ": the two combined" },
+  entropy: { name: "entropy", more: ", the signal of the exit rule" },
 };
-const signal = (name) => SIGNALS[name] ?? { name, below: `${name} is below it` };
+const signal = (name) => SIGNALS[name] ?? { name, more: "" };
 // Exit reasons; others keep their name.
 const REASONS = {
   threshold: "exits here",
@@ -188,7 +188,7 @@ const getJson = async (path) => JSON.parse((await request(path)).body);
 
 /** Classify an input; returns the row of the response, the model's ms (or null) and the total in s (or NaN). */
 async function classify(model, input, fields, signal) {
-  const sent = JSON.stringify({ model: model.id, input, explain: true, ...fields });
+  const sent = JSON.stringify({ model: model.id, input, explain: true, ood: true, ...fields });
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: sent, signal };
   const { body, headers } = await request("classify", options);
   const [, ms = null, total] = /model;dur=([\d.]+).*total;dur=([\d.]+)/.exec(headers.get("Server-Timing") ?? "") ?? [];
@@ -240,6 +240,13 @@ async function answer() {
   const redact = isTokens() && $("redact").checked ? { redact: true } : {};
   const compares = hasExits() && !model.has_upstream && $("compare").checked; // full depth would cost a call
   try {
+    if (state.warm !== model && !model.has_upstream) {
+      const first = await classify(model, input, { tau: 0 }); // not shown: it may take many times as long as the next
+      if (state.model !== model) return;
+      state.compared.push(first);
+      state.warm = model;
+      if (signal.aborted) return;
+    }
     const row = await classify(model, input, { ...option(), ...redact }, signal);
     // Full depth depends on the text alone: one request, not one for each move of the slider.
     const asked = JSON.stringify([model.id, input, redact]);
@@ -253,7 +260,7 @@ async function answer() {
       state.fullDepth = fullDepth;
     }
     if (hasExits() && wasDefault && isDefaultTau()) setInForce(row.tau_choice);
-    drawAnswer(row, compares ? state.fullDepth : null, isNew);
+    drawAnswer(row, text, compares ? state.fullDepth : null, isNew);
     drawSpans(row, text);
     drawCurve(row.exit);
   } catch (error) {
@@ -337,7 +344,7 @@ function isSame(one, other) {
   return one.labels ? one.labels.join("\n") === other.labels.join("\n") : one.label === other.label;
 }
 
-function drawAnswer(row, fullDepth, animate) {
+function drawAnswer(row, text, fullDepth, animate) {
   const { exit } = row, count = exit.num_layers, saved = count - exit.layer;
   const layer = exit.layer === 0 ? "before layer 1, on the embeddings" : `after layer ${exit.layer} of ${count}`;
   const ran = saved ? `exited ${layer} · ${plural(saved, "layer")} ${exit.reason === "deadline" ? "not run" : "saved"}` : `ran all ${plural(count, "layer")}`;
@@ -357,19 +364,24 @@ function drawAnswer(row, fullDepth, animate) {
     const how = row.flag.flagged ? `flagged${deep}` : row.flag.flagged === null ? "not decided in time" : safe;
     lines.push(note(`This model is a guard: the text is ${how}.`));
   }
-  if (row.truncated) lines.push(note("The text was too long for the model and was truncated."));
+  const end = [...text].slice(0, row.truncated_at ?? 0).slice(-30).join(""); // of a pair, it is unknown
+  if (row.truncated) lines.push(note(`Too long for the model: truncated${end && ` after “…${end}”`}.`));
+  if (row.ood_score != null)
+    lines.push(note(`Out-of-distribution score: ${row.ood_score.toFixed(2)} (1: unlike the calibration's texts).`));
   if (row.out_of_distribution) lines.push(note("This text is far from those that the model was calibrated on."));
   $("summary").replaceChildren(...lines);
   drawClasses(row);
   $("tau-name").textContent = `τ = ${+exit.tau.toFixed(4)}`;
-  $("score-name").textContent = signal(exit.signal).name;
+  const { name, more } = signal(exit.signal);
+  $("score-name").textContent = name + more;
 
   const reason = REASONS[exit.reason] ?? exit.reason;
   const layers = state.model.exit_layers.map((layer, i) => {
     const at = (passed) => passed?.layers.find((one) => one.layer === layer);
     const ran = at(row), shown = ran ?? at(fullDepth);
     const status = layer === exit.layer ? reason : ran ? "not sure yet" : shown ? "saved" : "not run";
-    return drawLayer(layer, shown, status, layer === exit.layer ? "exit" : ran ? "ran" : "saved", exit.tau, i);
+    const kind = layer === exit.layer ? "exit" : ran ? "ran" : "saved";
+    return drawLayer(layer, shown, name, status, kind, exit.tau, i);
   });
   $("layers").classList.toggle("runs", animate);
   $("layers").replaceChildren(...layers);
@@ -414,11 +426,11 @@ function drawSpans({ spans, text: redacted }, text) {
   $("marked").replaceChildren(...parts, redacted ?? characters.slice(at).join(""));
 }
 
-function drawLayer(layer, signals, status, kind, tau, i) {
+function drawLayer(layer, signals, signalName, status, kind, tau, i) {
   const values = [
     ["entropy", "entropy", signals?.entropy ?? null],
     ["ratio", "distance ratio", signals?.distance_ratio ?? null],
-    ["score", "score", signals?.score ?? null],
+    ["score", signalName, signals?.score ?? null],
   ];
   const known = values.filter(([, , value]) => value !== null);
   const spoken = known.map(([, name, value]) => `${name} ${value.toFixed(4)}`).join(", ");
