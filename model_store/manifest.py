@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from bisect import bisect_right
 from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from de3.exits import placement
+from de3.exits.criteria import MISSED_LIMITS
 from de3.exits.kinds import Kind, Spans, kind_of_text
 from de3.exits.reading import Weights
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
@@ -177,6 +179,15 @@ class Missed(ManifestPart):
     flagged: int = Field(ge=0, le=MAX_INT)
     taus: list[Share] = Field(min_length=1, max_length=MAX_ROWS)
     bounds: list[Share] = Field(min_length=1, max_length=MAX_ROWS)
+
+    def row_within(self, most: float) -> int:
+        """The index of the largest τ at which at most this share is missed, as certified."""
+        return bisect_right(self.bounds, most) - 1
+
+    @property
+    def limit(self) -> float | None:
+        """The first of MISSED_LIMITS that is certified for a τ above 0; None if none is."""
+        return next((most for most in MISSED_LIMITS if self.row_within(most)), None)
 
     @property
     def uncertified(self) -> "Missed":

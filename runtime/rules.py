@@ -1,19 +1,19 @@
 """Chooses τ: maps a request's options to its exit rule."""
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from de3.exits.bound import CONFIDENCE
-from de3.exits.criteria import Limits
+from de3.exits.criteria import MISSED_LIMITS, Limits
 from de3.exits.guarantee import Reason
 from de3.exits.kinds import Labels
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
-from de3.model_store.manifest import Manifest, TradeOff
+from de3.model_store.manifest import Manifest, Missed, TradeOff
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted, certified_flag, flag_of, parsed
 from de3.runtime.options import CALIBRATED, NEED_AN_EXIT, NO_OPTIONS, ExitOptions
@@ -79,6 +79,7 @@ class Choice:
         is_degraded: τ was raised under load.
         certificate: with max_disagreement, the certified bound, its confidence and the number of samples; cross_fitted,
             if these were also fitted to; else None.
+        one_window: τ is certified not to miss flagged texts in one window; those in several run to full depth.
         guarantee: with a guarantee, the guaranteed rate, its confidence and the reason for τ; None without one, and for
             requests with options.
     """
@@ -90,6 +91,7 @@ class Choice:
     budget_s: float | None = None
     is_degraded: bool = False
     certificate: Mapping[str, Any] | None = None
+    one_window: bool = False
     guarantee: Mapping[str, Any] | None = None
 
     def share(self, num_layers: int) -> float:
@@ -158,8 +160,19 @@ def _needs_an_exit(options: ExitOptions, last: int | None) -> str | None:
     return "lambda" if name == "lam" else name
 
 
+def _in_full(choice: Choice) -> Choice:
+    """The choice of all layers instead, without promises, which would be about exits."""
+    rule = replace(choice.rule, tau=0.0)
+    return replace(choice, rule=rule, expected=None, certificate=None, guarantee=None)
+
+
 class Rules:
-    """Chooses the exit rule of each request to one model."""
+    """Chooses the exit rule of each request to one model.
+
+    Attributes:
+        max_missed: limit on the share of flagged texts that early exits miss, for requests without options; None: there
+            is no flag or no limit.
+    """
 
     def __init__(self, manifest: Manifest, settings: RuntimeSettings) -> None:
         self._manifest, self._exits = manifest, manifest.exit_layers
@@ -187,18 +200,23 @@ class Rules:
         self._by_tenant: dict[str, Choice] = {}  # used with a guarantee
         if self.limits.are_set:
             self.default = self._start = self._guaranteed(0.0, "start")
+        self.max_missed = self._max_missed(settings)
+        is_certified = self.max_missed is not None and not self.limits.are_set
+        self.default = replace(self.default, one_window=is_certified)
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: RuntimeSettings) -> list[Choice]:
         """Choices that replace the default under load, from level 1 up.
 
-        Empty if a target or a guarantee sets the default, without a calibration, or with an upstream.
+        Empty if a target or a guarantee sets the default, if it keeps a limit on what is missed, without a calibration,
+        or with an upstream.
         """
         targets = (*CALIBRATED, *GUARANTEES)
         has_upstream = self._manifest.upstream is not None  # fewer calls do not relieve the engine
         if (
             self.trade_offs is None
             or has_upstream
+            or self.max_missed is not None
             or any(getattr(settings, name) is not None for name in targets)
         ):
             return []
@@ -208,6 +226,31 @@ class Rules:
         rows = self.trade_offs.under_load(self.default.rule.tau, least)
         budget_s = self.default.budget_s
         return [replace(self._at_row(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
+
+    def _max_missed(self, settings: RuntimeSettings) -> float | None:
+        """See the attributes. Without a setting, the smallest of MISSED_LIMITS that the default τ is certified for."""
+        rule, certified = self.default.rule, self._certified_missed
+        if rule.flag is None:
+            return None
+        if self.limits.are_set and not self.observes:
+            return self.limits.missed
+        if settings.max_missed is not None:
+            return settings.max_missed
+        if rule.tau == 0 or len(self._exits) == 1:
+            return 0.0
+        if certified is None or rule.signal is not self._signal:
+            return None
+        index = bisect_left(certified.taus, rule.tau)
+        bound = certified.bounds[index] if index < len(certified.taus) else 1.0
+        return next((most for most in MISSED_LIMITS if bound <= most), None)
+
+    @property
+    def _certified_missed(self) -> Missed | None:
+        """The certificate of missed texts; None without one for the flag."""
+        certified = certified_flag(self._manifest)
+        if certified is None or flag_of(certified, self._manifest, self._kind) != self.limits.flag:
+            return None
+        return self._manifest.missed
 
     def apply(self, standing: Standing) -> None:
         """With a guarantee, take each tenant's τ for requests without options from the Standing of the model's ledger.
@@ -258,22 +301,24 @@ class Rules:
         signal = self._signals[Key(row.signal, row.lam)]
         return Choice(ExitRule(row.tau, signal, None, self._kind, self.limits.flag), set_by, requested, row)
 
-    def with_flag(self, choice: Choice, flag: Wanted | None) -> Choice:
-        """A choice for a request with a flag of its own, if it has one; raises RequestError for an unknown label.
+    def with_flag(self, choice: Choice, options: ExitOptions, flag: Wanted | None) -> Choice:
+        """A choice for a request with a flag of its own, if it has one.
 
         A certificate for exits with any answer holds for one-sided exits, too (see exits.flags), unless it counts
-        differences from an original model, from which full depth differs. But audits of one flag's exits say nothing
-        about those of another.
+        differences from an original model, from which full depth differs. But audits of one flag's exits, and a
+        certificate of what they miss, say nothing about those of another: its texts run to full depth.
+
+        Raises RequestError for an unknown label, and for max_missed in the options with another flag than the model's.
         """
         if flag is None:
             return choice
-        found, rule = flag_of(flag, self._manifest, choice.rule.kind), choice.rule
-        if choice.set_by == "max_missed" and found != self.limits.flag:
+        found = flag_of(flag, self._manifest, choice.rule.kind)
+        if options.max_missed is not None and found != self.limits.flag:
             raise RequestError("flag: max_missed is certified for the model's own flag only", "flag")
-        is_promised = self.limits.are_set or self.default.set_by == "max_missed"
+        is_promised = self.limits.are_set or self.max_missed is not None
         if is_promised and self.limits.flag not in (None, found) and choice.set_by not in EXPLICIT:
-            rule, choice = replace(rule, tau=0.0), replace(choice, guarantee=None, expected=None)
-        return self._one_sided(replace(choice, rule=replace(rule, flag=found)))
+            choice = _in_full(choice)
+        return self._one_sided(replace(choice, rule=replace(choice.rule, flag=found)))
 
     def _one_sided(self, choice: Choice) -> Choice:
         """A choice with a flag, without a certificate that does not hold for it."""
@@ -293,8 +338,12 @@ class Rules:
             choice = replace(choice, guarantee=None)
         if options.thresholds is None:
             return choice
+        if (
+            choice.one_window
+        ):  # by the server's default: max_missed of a request cannot be combined with thresholds
+            choice = _in_full(choice)
         rule = replace(choice.rule, kind=self._labels_above(options.thresholds))
-        if choice.set_by in CALIBRATED:
+        if choice.set_by in CALIBRATED and choice.set_by != "max_missed":
             raise RequestError(
                 f"thresholds: cannot be combined with this server's {choice.set_by}, which was calibrated with the "
                 "model's own thresholds; give tau",
@@ -427,13 +476,9 @@ class Rules:
 
     def _within_missed(self, most: float, signal: Signal) -> Choice:
         """The choice of the largest τ at which at most this share of flagged texts is missed, as certified."""
-        missed, certified = self._manifest.missed, certified_flag(self._manifest)
-        if (
-            missed is None
-            or certified is None
-            or flag_of(certified, self._manifest, self._kind) != self.limits.flag
-        ):
-            what = "without a flag" if missed is None else "with another flag than --flag"
+        missed = self._certified_missed
+        if missed is None:
+            what = "without a flag" if self._manifest.missed is None else "with another flag than --flag"
             raise RequestError(
                 f"max_missed: {self.name} was calibrated {what}; use de3 calibrate --flag",
                 "max_missed",
@@ -442,7 +487,7 @@ class Rules:
             raise RequestError(
                 f"max_missed: is certified for {_key(self._signal)}, not for {_key(signal)}", "max_missed"
             )
-        index = bisect_right(missed.bounds, most) - 1
+        index = missed.row_within(most)
         certificate = {
             "max_missed": most,
             "bound": missed.bounds[index],
@@ -451,7 +496,7 @@ class Rules:
             **self._how_certified,
         }
         choice = self._at_tau(missed.taus[index], signal, "max_missed", most)
-        return replace(choice, expected=None, certificate=certificate)
+        return replace(choice, expected=None, certificate=certificate, one_window=True)
 
     @property
     def _how_certified(self) -> dict[str, bool]:

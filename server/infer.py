@@ -191,7 +191,9 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
 
     try:
         check_texts(job.request, shadow)
-        choice = shadow.rules.with_flag(shadow.rules.choose(job.options, level), job.request.flag)
+        choice = shadow.rules.with_flag(
+            shadow.rules.choose(job.options, level), job.options, job.request.flag
+        )
         choice = with_spans(choice, job.request, shadow.model.manifest)
         request = Request(job.request.texts, windows=job.request.windows, spans=job.request.spans)
         second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)

@@ -270,6 +270,12 @@ class Manager:
         log.info(
             "%s is %s (%s), after %.1f s", model.full_name, change.role, model.full_runtime, plan.seconds
         )
+        if served.rules.flag is not None and served.rules.max_missed is None:
+            log.warning(
+                "%s has a flag, but nothing limits how many flagged texts its early exits miss: set --guarantee-missed "
+                "or, once it is calibrated with the flag, --max-missed",
+                model.full_name,
+            )
         return {"model": model.full_name, "role": change.role, "runtime": model.runtime}
 
     async def pin(self, change: Change) -> dict[str, str]:

@@ -215,8 +215,8 @@ class Service:
     def role(self, manifest: Manifest) -> dict[str, Any]:
         """Fields of a served version in /v1/models; empty while the models load.
 
-        They are its role, share (of a canary only), is_default, aliases, runtime and instructions, its flag, and the
-        models that can answer a request with it on one pass.
+        They are its role, share (of a canary only), is_default, aliases, runtime and instructions, its flag and
+        max_missed (see Rules), and the models that can answer a request with it on one pass.
         """
         if not self.is_open:
             return {}
@@ -224,7 +224,7 @@ class Service:
         served = self.models.current(manifest.full_name)
         model, flag = served.model, served.rules.flag
         runtime: dict[str, Any] = {"runtime": model.runtime, "instructions": model.instructions or None}
-        runtime |= {"flag": None if flag is None else flag._asdict()}
+        runtime |= {"flag": None if flag is None else flag._asdict(), "max_missed": served.rules.max_missed}
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
         names = {
             "is_default": self.models.is_default(manifest.name),

@@ -246,6 +246,20 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
         for threshold, status in ((0.5, 422), (0.6, 200)):
             own = server.classify(input="good", max_missed=0.1, flag="negative", flag_threshold=threshold)
             assert own.status_code == status, own.text
+        # A request that does not ask for it, but has another flag, runs to full depth: here, that of NeMo's fms rail.
+        other = server.classify(input=TEXTS, flag="negative", flag_threshold=0.5).json()
+        assert {row["exit"]["layer"] for row in other["data"]} == {3} and "certificate" not in other
+        params = {"model": "tiny-int8", "threshold": 0.5, "safe_labels": ["positive"]}
+        found = httpx.post(
+            f"{server.url}/api/v1/text/contents", json={"contents": TEXTS, "detector_params": params}
+        )
+        assert found.status_code == 200, found.text
+        # Texts in several windows are not certified.
+        options: dict[str, Any]
+        for options in ({}, {"max_missed": 0.1}, {"tau": 0.6}):
+            rows = rows_of(server, input=[" ".join(TEXTS)], long="windows", **options)
+            layers = {layer for row in rows for layer in row["windows"]["layers"]}
+            assert (layers == {3}) == ("tau" not in options), layers
     # Without --flag, the flag stays, but no certificate; another classifier on the same encoder is no guard.
     rows = write_rows(tmp_path / "texts.jsonl", make_rows(300, 72))
     de3(f"calibrate tiny-int8 --texts {rows} --store {tmp_path}")

@@ -10,7 +10,11 @@ import httpx
 import pytest
 
 from de3.data.examples import Example, label_array, label_of, load_examples
+from de3.model_store.manifest import Missed
 from de3.model_store.store import Store, StoreError
+from de3.runtime.options import ExitOptions
+from de3.runtime.rules import Rules
+from de3.server.settings import Settings
 from tests.commands import de3
 from tests.fixtures import BAD, FILLER, GOOD, make_rows
 from tests.serving import Server, serving
@@ -106,6 +110,15 @@ def test_thresholds_void_what_the_server_guarantees(imported: Path) -> None:
         assert "cannot be combined with this server's max_disagreement" in refused.json()["error"]["message"]
         explained = server.classify(input="a good film", thresholds=0.01, tau=0, explain=True).json()
         assert "certificate" not in explained and "expected" not in explained["tau_choice"]
+    missed = {"labels": ["blame"], "threshold": None, "is_below": False, "flagged": 200}
+    manifest = Store(imported / "store").open("topics").manifest
+    manifest = manifest.model_copy(
+        update={"missed": Missed.model_validate(missed | {"taus": [0, 0.5], "bounds": [0, 0.01]})}
+    )
+    rules = Rules(manifest, Settings(max_missed=0.02))
+    for thresholds, tau in ((None, 0.5), (0.01, 0.0)):  # all layers, as with a guarantee
+        choice = rules.choose(ExitOptions(thresholds=thresholds))
+        assert choice.rule.tau == tau and (choice.certificate is None) == (tau == 0)
 
 
 def test_edr_needs_classes_that_exclude_each_other(server: Server) -> None:

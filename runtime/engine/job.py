@@ -123,9 +123,11 @@ class Item:
         """Begin the first window of a text that has several."""
         self.progress.windows = windows
         for one in self.team:
-            # A token classifier's texts in windows are not audited, and it takes only one of them to miss a span.
-            rule = one.job.choice.rule
-            one.is_deep |= isinstance(rule.kind, Spans) and one.job.choice.guarantee is not None
+            # A token classifier's texts in windows are not audited, and it takes only one of them to miss a span. As
+            # for what a guard misses, only texts in one window are certified.
+            rule, choice = one.job.choice.rule, one.job.choice
+            one.is_deep |= choice.one_window
+            one.is_deep |= isinstance(rule.kind, Spans) and choice.guarantee is not None
             one.windows = WindowProgress(windows, rule)
         self.start(windows[0])
 
@@ -370,7 +372,8 @@ def job_of(
         choice = served.rules.choose(entry.options, level, sender.tenant)
     except RequestError as error:
         raise error.inside(entry.where) from None
-    choice = with_spans(served.rules.with_flag(choice, request.flag), request, manifest)
+    choice = served.rules.with_flag(choice, entry.options, request.flag)
+    choice = with_spans(choice, request, manifest)
     return Job(served, choice, request, on_done, own_options=entry.options, fellows=fellows, sender=sender)
 
 

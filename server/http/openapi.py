@@ -184,6 +184,10 @@ class ServedModel(BaseModel):
     flag: dict[str, Any] | None = Field(
         None, description="what it is to find (--flag): labels, threshold, is_below; absent while models load"
     )
+    max_missed: float | None = Field(
+        None,
+        description="limit on the share of flagged texts that early exits miss in requests without options; null: none",
+    )
     runtime: str | None = Field(None, description="native or onnxruntime; absent while models load")
     instructions: str | None = Field(
         None, description="the instruction set of the native kernels, such as amx, vnni or dotprod"
