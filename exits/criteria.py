@@ -12,7 +12,7 @@ from de3.exits.flags import Flag
 from de3.exits.kinds import Kind, Spans, differs
 from de3.exits.reading import Reading, SpansReading
 
-# Limits on the share of flagged texts that are missed. The first that can be certified sets a guard's default τ.
+# Limits on the share of flagged texts that are missed: a default τ that is certified for one of them keeps a limit.
 MISSED_LIMITS = (0.02, 0.05)
 # The exits at which a text fails, by exit; None if the criterion is not about the text.
 Failures = list[bool] | None
