@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from de3.exits import placement
-from de3.exits.criteria import MISSED_LIMITS
 from de3.exits.kinds import Kind, Spans, kind_of_text
 from de3.exits.reading import Weights
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
@@ -183,11 +182,6 @@ class Missed(ManifestPart):
     def row_within(self, most: float) -> int:
         """The index of the largest τ at which at most this share is missed, as certified."""
         return bisect_right(self.bounds, most) - 1
-
-    @property
-    def limit(self) -> float | None:
-        """The first of MISSED_LIMITS that is certified for a τ above 0; None if none is."""
-        return next((most for most in MISSED_LIMITS if self.row_within(most)), None)
 
     @property
     def uncertified(self) -> "Missed":

@@ -338,9 +338,8 @@ class Rules:
             choice = replace(choice, guarantee=None)
         if options.thresholds is None:
             return choice
-        if (
-            choice.one_window
-        ):  # by the server's default: max_missed of a request cannot be combined with thresholds
+        # By the server's default: max_missed of a request cannot be combined with thresholds.
+        if choice.one_window:
             choice = _in_full(choice)
         rule = replace(choice.rule, kind=self._labels_above(options.thresholds))
         if choice.set_by in CALIBRATED and choice.set_by != "max_missed":

@@ -34,10 +34,8 @@ from de3.progress import console, track
 
 TEXTS, UNSEEN = 1200, 2500  # of the victim: sent before the fit, and next
 LAG = 50  # texts between an original and its copies that follow it
-GROUP, COMMON = (
-    20,
-    100,
-)  # a decoy has the words of so many texts that are not among the most common ones, and these
+# A decoy has the words of GROUP texts that are not among the COMMON most frequent ones, and these.
+GROUP, COMMON = 20, 100
 FIT = 3  # number of the fit
 
 Edit = Callable[[str, random.Random, Sequence[str]], str]
