@@ -187,6 +187,7 @@ class Stock:
         options: contents of tokenizer_config.json; empty if there is none.
         max_tokens: maximum number of tokens of a text.
         token_types: true if the tokenizer returns token types.
+        special_tokens: see Architecture.
     """
 
     name: str
@@ -196,16 +197,19 @@ class Stock:
     options: dict[str, Any]
     max_tokens: int
     token_types: bool
+    special_tokens: bool = False
 
     @classmethod
-    def open(cls, name: str, folder: Path, describe: Describe = describe) -> "Stock":
+    def open(
+        cls, name: str, folder: Path, describe: Describe = describe, special_tokens: bool = False
+    ) -> "Stock":
         """Read config.json and the tokenizer.
 
         Raises ValueError, with a message that begins with the name, for a classifier that cannot be served.
         """
         with errors_of(name):
             description = describe(name, read_config(folder / CONFIG))
-            return cls(name, folder, description, *_tokenizer(folder, description))
+            return cls(name, folder, description, *_tokenizer(folder, description), special_tokens)
 
     @property
     def num_layers(self) -> int:
@@ -247,6 +251,7 @@ class Stock:
                 "pooling": self.pooling,
                 "head": self.head,
                 "precision": precision,
+                "special_tokens": self.special_tokens,
             }
         )
 

@@ -35,6 +35,8 @@ class Architecture(ManifestPart):
         max_tokens: longest input, including special tokens.
         pooling: pooling of every exit, except a last exit with a head, which has its own.
         head: an imported classifier's head, as the last exit; None if the last exit is like the others.
+        special_tokens: true if a special token in a text, such as "[SEP]", reaches the model as that token; if false,
+            it does as characters.
     """
 
     encoder: AnyEncoder
@@ -46,6 +48,7 @@ class Architecture(ManifestPart):
     pooling: PoolingKind
     head: Head | None = None
     precision: Precision
+    special_tokens: bool = False
 
     @property
     def num_layers(self) -> int:

@@ -452,6 +452,7 @@ def encoder_hashes(manifest: Manifest) -> list[str]:
     hashes: list[str] = []
     for layer, name in enumerate(manifest.segment_files()):
         start = f"{manifest.files[TOKENIZER].sha256} {manifest.max_tokens} {manifest.has_old_exits}"
+        start += " special tokens" if manifest.special_tokens else ""
         before = hashes[-1] if hashes else start
         encoder = manifest.encoder.up_to(layer).model_dump_json()
         parts = (before, manifest.precision, encoder, manifest.files[name].sha256)
@@ -466,15 +467,16 @@ def base_of(manifest: Manifest) -> str:
     exits = [] if manifest.has_old_exits else [EXITS]
     files = [manifest.files[name].sha256 for name in (*manifest.segment_files(), *exits, TOKENIZER)]
     files += [] if manifest.upstream is None else [manifest.upstream]
+    files += ["special tokens"] if manifest.special_tokens else []
     return hashlib.sha256("".join(files).encode()).hexdigest()
 
 
 def unset_fields(manifest: Manifest) -> set[str]:
-    """The fields that are left out while they are None, because earlier releases did not have them."""
+    """The fields that are left out while they have their default, because earlier releases did not have them."""
     return {
         name
-        for name in ("upstream", "label_risk", "aggregation", "missed")
-        if getattr(manifest, name) is None
+        for name in ("upstream", "label_risk", "aggregation", "missed", "special_tokens")
+        if not getattr(manifest, name)
     }
 
 

@@ -63,6 +63,7 @@ class Model:
         is_proved: bool = False,
         memory_of: Callable[[str], Memory | None] = lambda _: None,
         encoders: Encoders | None = None,
+        special_tokens: bool = False,
     ) -> None:
         """Read, check and load every file; raises StoreError for the first invalid one.
 
@@ -70,7 +71,8 @@ class Model:
         check: called before each slow step; an exception from it aborts loading. is_proved: another process on this
         machine has found that the kernels agree with ONNX Runtime, which is then not used. memory_of: returns shared
         memory for the weights in the kernels of the encoder with this hash; None if this process has its own copy.
-        encoders: the encoders of other models; one of them is used if it is the same.
+        encoders: the encoders of other models; one of them is used if it is the same. special_tokens: true if special
+        tokens in texts are to stay tokens, whatever the artifact says; the same for all models that share encoders.
 
         Also raises StoreError if the kernels cannot run the model, and runtime is native or is_proved is true, and
         OSError if shared memory cannot be sealed.
@@ -81,7 +83,7 @@ class Model:
         self.hashes = tuple(encoder_hashes(manifest))
         self._encoders = Encoders() if encoders is None else encoders
         same = self._encoders.find(self.hashes)
-        self.tokenizer = TextTokenizer.of(artifact) if same is None else same.tokenizer
+        self.tokenizer = TextTokenizer.of(artifact, special_tokens) if same is None else same.tokenizer
         check_ids(artifact, self.tokenizer)
         prototypes, weights = unit_prototypes(artifact), exit_weights(artifact, check)
         self.pooling = _pooling(manifest, weights[manifest.num_layers])

@@ -15,6 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from de3.exits.spans import Layout
 from de3.exits.windows import Span, capacity, spans
 from de3.model_store.segments import Tokens
+from de3.model_store.special_tokens import encode_as_characters
 from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 
@@ -194,8 +195,11 @@ class TextTokenizer:
                 raise ValueError("joins texts in a way that truncation would break")
 
     @classmethod
-    def of(cls, artifact: Artifact) -> "TextTokenizer":
-        """Load the tokenizer of an artifact; raises StoreError if it is damaged or cannot be used."""
+    def of(cls, artifact: Artifact, special_tokens: bool = False) -> "TextTokenizer":
+        """Load the tokenizer of an artifact; raises StoreError if it is damaged or cannot be used.
+
+        special_tokens: see Architecture; the default is the artifact's own setting.
+        """
         file = artifact.path / "tokenizer.json"
         data = cls.check(artifact)
         try:
@@ -207,6 +211,8 @@ class TextTokenizer:
         if tokenizer.padding is not None or tokenizer.truncation is not None:
             raise StoreError(f"{file}: must not pad or truncate; export strips both")
         try:
+            if not (special_tokens or artifact.manifest.special_tokens):
+                encode_as_characters(tokenizer)
             return cls(tokenizer, artifact.manifest.max_tokens)
         except (KeyboardInterrupt, SystemExit):
             raise

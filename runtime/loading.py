@@ -40,7 +40,7 @@ def load(
         rules = Rules(manifest, settings)
     except RequestError as error:  # the error that a request with these options would get
         raise ValueError(f"a setting cannot be met: {error.message}") from None
-    model = Model(artifact, settings.runtime, check, is_proved, memory_of, encoders)
+    model = Model(artifact, settings.runtime, check, is_proved, memory_of, encoders, settings.special_tokens)
     try:
         return Served(model, Timing(model, check), rules, OodMonitor(manifest, settings.ood_policy))
     except StoreError:

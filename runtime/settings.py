@@ -116,6 +116,14 @@ class RuntimeSettings(BaseModel):
         Literal["auto", "native", "onnxruntime"],
         engine_option(help="onnxruntime, native (int8 kernels), or auto: native if possible."),
     ] = "auto"
+    special_tokens: Annotated[
+        bool,
+        engine_option(
+            "--special-tokens",
+            help="Special tokens in texts, such as [SEP], reach the models as such, as in transformers. Without it, "
+            "they are encoded as characters, except by models imported with this option.",
+        ),
+    ] = False
     threads: Annotated[
         int,
         Field(ge=0, le=1024),

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,8 +18,17 @@ from tokenizers import (
     trainers,
 )
 
+from de3.export.classifier import Stock, convert
+from de3.model_store.encoder import Encoders
+from de3.model_store.manifest import base_of
+from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
+from de3.model_store.special_tokens import encode_as_characters
+from de3.model_store.store import Store
 from de3.model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE, Pair, TextTokenizer
+from de3.runtime.loading import load
+from de3.runtime.settings import RuntimeSettings
+from tests.fixtures import save_encoder
 
 WORDS = ["good", "film", "not", "bad", "a", "the", "plot", "dull", "x1", "qxzj", "scene", "long", "very"]
 CORPUS = [" ".join(random.Random(i).choices(WORDS, k=12)) + " é中?!" for i in range(200)]
@@ -194,3 +204,64 @@ def test_a_tokenizer_that_leaves_no_room_or_whose_texts_cannot_be_cut_is_refused
     )
     with pytest.raises(ValueError, match="truncation would break"):
         TextTokenizer(tokenizer, 64)
+
+
+def words_alone() -> Tokenizer:
+    """A tokenizer whose model has the special tokens as words, and that does not mark them as special."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "[", "]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_tokens(["[SEP]", "x1"])
+    special = [("[CLS]", 1), ("[SEP]", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=special
+    )
+    return tokenizer
+
+
+KINDS = {**MADE, "words_alone": words_alone()}
+NAMES = ["[CLS]", "[SEP]", "<s>", "</s>", "＜s＞", "［SEP］", "[[SEP]]", "[CLS", "s>"]
+in_texts = st.lists(st.sampled_from([*WORDS, *NAMES, " ", "  "]) | st.text(max_size=2), max_size=30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=200)
+@given(text=in_texts.map("".join) | in_texts.map(" ".join))
+def test_special_tokens_in_a_text_are_characters(kind: str, text: str) -> None:
+    before = KINDS[kind]
+    tokenizer = Tokenizer.from_str(before.to_str())
+    encode_as_characters(tokenizer)
+    special = {before.token_to_id(name) for name in ("[CLS]", "[SEP]", "<s>", "</s>")}
+    found = tokenizer.encode(text, add_special_tokens=False)
+    assert not special.intersection(found.ids)
+    assert all(0 <= start <= end <= len(text) for start, end in found.offsets)
+    assert found.offsets == sorted(found.offsets)
+    plain = before.encode(text, add_special_tokens=False)
+    if not special.intersection(plain.ids):
+        assert (found.ids, found.offsets) == (plain.ids, plain.offsets)
+    assert tokenizer.encode("good", "film").ids == before.encode("good", "film").ids
+
+
+def test_words_that_were_added_to_the_vocabulary_stay_words() -> None:
+    tokenizer = words_alone()
+    encode_as_characters(tokenizer)
+    assert tokenizer.encode("goodx1 [SEP]", add_special_tokens=False).tokens == ["good", "x1", "[", "[UNK]"]
+
+
+def test_models_that_read_special_tokens_as_such(tmp_path: Path) -> None:
+    """An import or a server can ask for them; models that read texts differently do not share a tokenizer."""
+    folder, store = save_encoder(tmp_path / "stock", labels=2), Store(tmp_path)
+    for name in ("characters", "tokens"):
+        stock = Stock.open(name, folder, special_tokens=name == "tokens")
+        convert(stock, store, name, "fp32")
+    assert "special_tokens" not in (store.open("characters").path / "manifest.json").read_text()
+    encoders = Encoders()
+    loaded = {name: Model(store.open(name), encoders=encoders) for name in ("characters", "tokens")}
+    served = load(store.open("characters"), RuntimeSettings(special_tokens=True)).model
+    assert base_of(loaded["tokens"].manifest) != base_of(loaded["characters"].manifest)
+    separator = 3
+    every = {**loaded, "served": served}
+    counts = {
+        name: (model.tokenize("good [SEP] film").ids == separator).sum() for name, model in every.items()
+    }
+    assert counts == {"characters": 1, "tokens": 2, "served": 2}

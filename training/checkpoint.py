@@ -53,7 +53,7 @@ class Checkpoint:
         """The tokenizer, as transformers loads it."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder, split_special_tokens=True)
 
     def held_out(self, part: str) -> list[Example]:
         """The samples of a part (tune or certify); raises ValueError if they are unusable."""

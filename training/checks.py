@@ -1,6 +1,7 @@
 """Checks of the data before training, so that hours are not spent on a useless model."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -8,8 +9,9 @@ from tokenizers import Tokenizer
 
 from de3.data.examples import Example, labels_of
 from de3.data.split import Split
-from de3.data.tables import SEPARATOR, pair_of
+from de3.data.tables import SEPARATOR, TextOrPair, pair_of
 from de3.model_store.part import MAX_LABEL
+from de3.model_store.special_tokens import special_names
 
 MAX_LABELS = 1000
 FEW = 5  # labels with fewer rows cause a warning
@@ -110,6 +112,18 @@ def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[st
             f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, and is it for the texts' language?"
         )
     return [message] if share > WARN_UNKNOWN else []
+
+
+def special_tokens(tokenizer: Tokenizer, texts: Sequence[TextOrPair]) -> list[str]:
+    """A warning if a text contains a special token, which is encoded as characters."""
+    pattern = re.compile("|".join(map(re.escape, sorted(special_names(tokenizer)))) or "(?!)")
+    found = [match for text in texts for part in pair_of(text) if (match := pattern.search(part or ""))]
+    if not found:
+        return []
+    return [
+        f"{len(found)} texts contain special tokens, such as {found[0].group()}, which are encoded as characters; if "
+        "the classifier was trained with them, give --special-tokens"
+    ]
 
 
 def _unknown(tokenizer: Tokenizer) -> int | None:

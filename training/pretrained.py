@@ -81,7 +81,7 @@ def open_encoder(name: str) -> tuple[Any, Any]:
         check_config(f"--encoder {name}", name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         family(config.to_dict())
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, split_special_tokens=True)
     except StrictDataclassError as error:
         raise ValueError(f"--encoder {name}: {' '.join(str(error).split())}") from None
     except OSError as error:
@@ -165,7 +165,7 @@ def _model(name: str, source: Path) -> tuple[Any, Any]:
 
 def _tokenizer(name: str, source: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, split_special_tokens=True)
     except Exception as error:  # transformers raises many types for missing or damaged files
         raise ValueError(
             f"{name}: its tokenizer cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); "

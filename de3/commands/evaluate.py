@@ -255,7 +255,9 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
 
     names = list(subject.names)
     with original_of(original) as source:
-        stock = Stock.open(original, source)
+        served = subject.served
+        is_special = served is not None and served.model.manifest.special_tokens
+        stock = Stock.open(original, source, special_tokens=is_special)
         theirs = stock.description.labels
         same = sorted(theirs) == sorted(names)  # otherwise the labels were renamed, in order
         if len(theirs) != len(names) or (same and theirs != names):

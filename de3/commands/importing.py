@@ -89,6 +89,14 @@ def import_model(
             "the same answer, in the model's units."
         ),
     ] = None,
+    special_tokens: Annotated[
+        bool,
+        data_option(
+            "--special-tokens",
+            help="Special tokens in texts, such as [SEP], reach the model as such, for a classifier that was trained "
+            "so. Without it, they are encoded as characters, as any text is.",
+        ),
+    ] = False,
     group_column: GroupColumn = None,
     fragments: Fragments = False,
     quantize: Quantize = "int8",
@@ -143,7 +151,7 @@ def import_model(
     given = None if label_names is None else [one.strip() for one in label_names.split(",")]
     how_described = partial(describe, label_names=given, multi_label=multi_label)
     with original_of(model, how_described) as source:
-        stock = Stock.open(model, source, how_described)
+        stock = Stock.open(model, source, how_described, special_tokens)
         columns = Columns(
             **fields_of(Columns, options),
             label=label,
@@ -154,6 +162,8 @@ def import_model(
         groups = None if group_column is None else read_groups(records(texts, columns), group_column)
         tokenizer = Tokenizer.from_str(stock.tokenizer.decode())
         warn(checks.unknown_tokens(tokenizer, [Example(text, 0) for text, _ in rows]))
+        if not special_tokens:
+            warn(checks.special_tokens(tokenizer, [text for text, _ in rows]))
         how = ImportSettings(threshold, tolerance, label is not None, fragments)
         try:
             path = import_classifier(stock, rows, groups, folder, how, Store(store), settings)
