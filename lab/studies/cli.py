@@ -654,3 +654,29 @@ def wall(
     if png:
         labels = ("Accuracy against speed-up", "speed-up against τ = 0", "accuracy, %")
         report.plot_curves(png, study.curves(results), labels)
+
+
+@app.command()
+@add_parameters(Columns, without=["label"])
+def repeated(
+    texts: Annotated[Path, typer.Argument(help="Texts.")],
+    label: Annotated[str, typer.Option(help="The label that is flagged.")],
+    added: Annotated[list[str], typer.Option(help="What is added to the texts; repeat for more.")],
+    times: Annotated[int, typer.Option(help="How often each is repeated in a text.", min=1)] = 100,
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    **reading: Any,
+) -> None:
+    """Count the flagged texts that are no longer flagged at full depth with something repeated around them.
+
+    Example: python -m lab study repeated dev.tsv --text-column sentence --label negative --added '[CLS]' --added the
+    """
+    from de3.model_store.store import Store
+    from lab.studies.repeated import lost
+
+    rows = read_rows(texts, Columns(**fields_of(Columns, reading), label=None))
+    alone = [text for text, _ in rows if isinstance(text, str)]
+    flagged, found = lost(Store(store).open(model), alone, label, added, times)
+    print(f"{flagged} of {len(alone)} texts are flagged at full depth")
+    shown = [(one, "token" if is_token else "characters", *lost) for one, is_token, *lost in found]
+    show((f"added {times} times", "read as", "no longer flagged: behind", "in front"), shown)
