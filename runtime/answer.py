@@ -103,7 +103,8 @@ class Flag(TypedDict):
     flagged: Annotated[
         bool | None,
         Field(
-            description="the answer reaches the flag's threshold; null: not yet, when the latency budget ended"
+            description="the answer reaches the flag's threshold; null: what was read does not, but the latency budget "
+            "ended, or the text was truncated"
         ),
     ]
     window: NotRequired[
@@ -259,8 +260,9 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
     if (flag := job.choice.rule.flag) is not None:
         is_raised = flag.is_raised(reading)
-        # What a latency budget cuts off is never safe.
-        row["flag"] = {"flagged": is_raised or (None if outcome.reason == "deadline" else False)}
+        # What a latency budget or a limit cuts off is never safe.
+        is_cut = outcome.reason == "deadline" or outcome.truncated
+        row["flag"] = {"flagged": is_raised or (None if is_cut else False)}
         if isinstance(reading, ClassReading | LabelsReading):
             prob = flag.prob(reading)
             label = labels[flag.label(reading)]

@@ -213,7 +213,7 @@ class ClassifyRequest(OptionFields):
     request_id: str | None = Field(None, max_length=128, description="id of the response")
     use_activation: bool | None = Field(None, description="false: the same as raw: true")
     activation: bool | None = Field(None, description="the former name of use_activation")
-    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="the same as long: truncate")
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="truncate, except for a model with a flag")
     truncation_side: Literal["right"] | None = Field(
         None, description="accepted; texts are truncated at their end"
     )
@@ -289,7 +289,8 @@ def request_of(fields: ClassifyRequest) -> Classification:
         fields.input,
         fields.options,
         fields.model,
-        fields.long or long_of(fields.truncate_prompt_tokens if fields.truncate is None else fields.truncate),
+        fields.long
+        or ("truncate" if fields.truncate else long_of(fields.truncate_prompt_tokens or fields.truncate)),
         fields.explain,
         fields.ood,
         flag=None if fields.flag is None else Wanted([fields.flag], fields.flag_threshold),

@@ -20,11 +20,13 @@ NEED_AN_EXIT = (*EXCLUSIVE, "signal", "max_layer", "lam")
 
 # How a text beyond the model's limit is read: up to the limit, in windows, or not at all.
 Long = Literal["truncate", "windows", "error"]
+# "may truncate": a client of a protocol asks to truncate texts, without a thought of guards, which do not obey it.
+AskedLong = Long | Literal["may truncate"]
 
 
-def long_of(truncate: object) -> Long | None:
+def long_of(truncate: object) -> AskedLong | None:
     """How long texts are read, by a protocol's option to truncate them; None if it is not given."""
-    return None if truncate is None else "truncate" if truncate else "error"
+    return None if truncate is None else "may truncate" if truncate else "error"
 
 
 @dataclass(frozen=True, slots=True)

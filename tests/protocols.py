@@ -29,6 +29,7 @@ class Case:
         error: fields of an error.
         takes: how it reads a text with more tokens than the model: "windows", "cut", or "whole", which is refused.
         no_cut: the option that refuses such a text.
+        cut: the option of other servers that truncates it, and its value; guards do not obey it.
         optional: an empty list, empty texts, or no texts at all are answered.
         required: the name that is missing in an empty body, if it is not `texts`.
     """
@@ -44,6 +45,7 @@ class Case:
     error: frozenset[str] = field(default=frozenset({"error"}))
     takes: str = "cut"
     no_cut: str = ""
+    cut: tuple[str, Any] | None = None
     optional: bool = False
     required: str = ""
 
@@ -71,7 +73,13 @@ def _split(tensor: Any) -> list[Any]:
 
 CASES = {
     "classify": Case(
-        "/classify", lambda texts: {"input": texts}, "input", "input[{}]", answers=_rows, no_cut="truncate"
+        "/classify",
+        lambda texts: {"input": texts},
+        "input",
+        "input[{}]",
+        answers=_rows,
+        no_cut="truncate",
+        cut=("truncate_prompt_tokens", -1),
     ),
     "sglang": Case(
         "/v1/classify",
@@ -81,6 +89,7 @@ CASES = {
         ("classes", "labels", "value"),
         answers=lambda answer: [row["embedding"] for row in answer],
         takes="whole",
+        cut=("truncate", True),
         required="input",
     ),
     "hugging face": Case(
@@ -91,6 +100,7 @@ CASES = {
         answers=list,
         options="parameters",
         no_cut="truncation",
+        cut=("truncation", True),
         message=lambda error: error["error"],
     ),
     "tei": Case(
@@ -103,6 +113,7 @@ CASES = {
         message=lambda error: error["error"],
         error=frozenset({"error", "error_type"}),
         takes="whole",
+        cut=("truncate", True),
     ),
     "kserve": Case(
         "/v1/models/{model}:predict",
@@ -123,6 +134,7 @@ CASES = {
         answers=_columns,
         required="inputs",
         no_cut="truncate",
+        cut=("truncate", True),
         options="parameters",
         message=lambda error: error["error"],
     ),

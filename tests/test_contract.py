@@ -188,16 +188,23 @@ def test_a_text_with_too_many_tokens_is_truncated_read_in_windows_or_refused(
 
 @every_protocol
 def test_a_guard_finds_what_is_behind_the_models_limit(ask: Ask, case: Case) -> None:
-    """Unless it is told to truncate: then the response says so."""
+    """Unless its operator has it truncate: then the response says so. A protocol's option to truncate is not obeyed."""
     texts = [LONG + "a good film", LONG + "a dull and boring mess , bad and awful " * 4]
-    for guard, finds in (("guard", True), ("guard that truncates", False)):
-        safe, attack = (ask(case, guard, case.body([text])) for text in texts)
+    options = {case.cut[0]: case.cut[1]} if case.cut else {}
+    for guard, finds, given in (
+        ("guard", True, {}),
+        ("guard", True, options),
+        ("guard that truncates", False, {}),
+        ("guard that truncates", False, options),
+    ):
+        safe, attack = (ask(case, guard, with_options(case, case.body([text]), **given)) for text in texts)
         assert safe.status_code == attack.status_code == 200, attack.text
         said = [one.json() if case.answers is None else case.answers(one.json()) for one in (safe, attack)]
         assert (said[0] != said[1]) == finds
         assert attack.headers.get("de3-truncated") == (None if finds else "0")
     if case.path == "/classify":
         (row,) = said[1]
+        assert row["flag"]["flagged"] is None, "its end was not read"
         assert row["truncated"] and LONG[: row["truncated_at"]] == ("good film " * 31)[:-1]
 
 

@@ -463,21 +463,26 @@ def planned(request: Request, served: Sequence[Served]) -> Request:
 def _long(request: Request, served: Sequence[Served]) -> Long:
     """How long texts are read: as the request says, the models' settings or, without either, the protocol.
 
-    But a token classifier and a guard read the whole text, in windows. Other models may answer differently then, so a
-    token classifier that shares a pass with them does not.
+    But a token classifier and a guard read the whole text, in windows; a guard does so even if the client of a protocol
+    asks to truncate it. Other models may answer differently then, so a token classifier that shares a pass with them
+    does not.
     """
+    guards = [one for one in served if one.rules.flag is not None]
     if request.is_private:
         return "windows"
-    if request.long is not None:
+    if request.long == "may truncate":
+        if not guards:
+            return "truncate"
+        served = guards
+    elif request.long is not None:
         return request.long
     found = {
-        one.rules.long
-        or ("windows" if one.rules.flag is not None or one.model.manifest.is_spans else request.usual_long)
+        one.rules.long or ("windows" if one in guards or one.model.manifest.is_spans else request.usual_long)
         for one in served
     }
     if len(found) == 1:
         return found.pop()
-    return "windows" if any(one.rules.flag is not None for one in served) else "truncate"
+    return "windows" if guards else "truncate"
 
 
 def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:

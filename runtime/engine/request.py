@@ -9,7 +9,7 @@ from de3.model_store.manifest import Manifest
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted
-from de3.runtime.options import NO_OPTIONS, ExitOptions, Long
+from de3.runtime.options import NO_OPTIONS, AskedLong, ExitOptions, Long
 
 MAX_NAMED = 40  # labels in a message
 
@@ -145,7 +145,7 @@ class Request:
     texts: Sequence[Text]
     options: ExitOptions = NO_OPTIONS
     model: str | None = None
-    long: Long | None = None
+    long: AskedLong | None = None
     explain: bool = False
     ood: bool = False
     windows: int = 1

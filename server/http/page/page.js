@@ -361,7 +361,7 @@ function drawAnswer(row, text, fullDepth, animate) {
   if (row.flag) {
     const deep = exit.layer === count ? ", decided at full depth" : "";
     const safe = exit.reason === "threshold" ? "safe early" : `not flagged${deep}`;
-    const how = row.flag.flagged ? `flagged${deep}` : row.flag.flagged === null ? "not decided in time" : safe;
+    const how = row.flag.flagged ? `flagged${deep}` : row.flag.flagged === null ? "not read to its end" : safe;
     lines.push(note(`This model is a guard: the text is ${how}.`));
   }
   const end = [...text].slice(0, row.truncated_at ?? 0).slice(-30).join(""); // of a pair, it is unknown
