@@ -93,8 +93,9 @@ def calibrate(
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
     The default τ is the largest on a fixed grid for which the loss, at it and every smaller τ, is below max_loss with
-    95% confidence. If there are fewer than MIN_CERTIFY certifying groups and may_pool is true, both parts tune and
-    certify, cross-fitted: each is scored by a risk fitted on the other.
+    95% confidence; with a guard, it is not above the largest τ that keeps the first of MISSED_LIMITS which can be
+    certified, and 0 if none can. If there are fewer than MIN_CERTIFY certifying groups and may_pool is true, both parts
+    tune and certify, cross-fitted: each is scored by a risk fitted on the other.
 
     certify: None: the tuning samples certify, too, cross-fitted. max_loss: limit on the accuracy lost against full
     depth, as a fraction. wanted: the default signal, or auto. self_labelled: true if the labels are the original
@@ -131,6 +132,8 @@ def calibrate(
         if guard is not None and signal.name == name:
             missed = _missed(samples, scores, confidence, *guard)
     default = calibration.within_loss(tables[name], max_loss)
+    if missed is not None:
+        default = _within_missed(tables[name], default, missed)
     recorded = samples.recorded
     _report(tables, default, samples, self_labelled)
     calibrated = Calibration.model_validate(
@@ -194,7 +197,7 @@ def _missed(samples: Samples, scores: Floats, confidence: float, wanted: Wanted,
             allowed.append(f"{100 * limit:g}%: {speed:.2f}×")
         else:
             needed = math.ceil(math.log(1 - confidence) / math.log1p(-limit))
-            allowed.append(f"{100 * limit:g}%: none (needs {needed} flagged samples or more)")
+            allowed.append(f"{100 * limit:g}%: none (needs at least {needed} flagged samples)")
     console.print(
         f"flagged by full depth: {count} of the certifying samples. Speed-up in layers of the others, by the share of "
         f"flagged texts that are missed, certified with 95% confidence: {', '.join(allowed)}",
@@ -204,6 +207,17 @@ def _missed(samples: Samples, scores: Floats, confidence: float, wanted: Wanted,
     fields = dict(zip(Wanted._fields, (list(wanted.labels), *wanted[1:]), strict=True))
     rounded = [math.ceil(one * 1e6) / 1e6 for one in bounds]
     return Missed.model_validate(fields | {"flagged": count, "taus": taus, "bounds": rounded})
+
+
+def _within_missed(table: list[TradeOff], default: TradeOff, missed: Missed) -> TradeOff:
+    """The row of the default τ, or of the largest one below it that keeps a guard's limit; prints the limit."""
+    if (most := missed.limit) is None:
+        how = "no τ above 0 is certified, so by default no text exits early"
+    else:
+        how = f"the default τ keeps the limit of {100 * most:g}%, as --max-missed {most:g} does"
+    console.print(how, highlight=False)
+    tau = min(default.tau, missed.taus[missed.row_within(most or 0.0)])
+    return next(row for row in table if row.tau == tau)
 
 
 def _rivals(whole: Samples, fitted: Risk, scores: Floats) -> dict[str, tuple[Signal, float]]:

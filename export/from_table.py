@@ -23,6 +23,7 @@ from de3.export.exporter import ExportSettings
 from de3.export.labels import FOLDS, Fitted, fit_labels
 from de3.export.publish import as_stored, write_exits
 from de3.export.record import record
+from de3.export.seen import SEEN, hashes_of
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.manifest import Defaults, Manifest, RiskWeights
 from de3.model_store.model import Model
@@ -84,6 +85,7 @@ def fit_table(
             "tolerance": None,
             "source": None,
             "input": input_of(examples),
+            "export": {SEEN: hashes_of([e.text for e in fitting])},
         }
         with store.new_version(settings.name) as draft:
             manifest = write_exits(base, fitted.exits, draft, **fields)

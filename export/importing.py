@@ -31,6 +31,7 @@ from de3.export.calibrate import CalibrationPart
 from de3.export.classifier import Stock, convert
 from de3.export.exporter import CalibrationSamples, ExportSettings, certified
 from de3.export.publish import as_stored, write_exits
+from de3.export.seen import SEEN, hashes_of
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.architecture import Precision
 from de3.model_store.model import Model
@@ -71,11 +72,13 @@ class Fitted:
 
     Attributes:
         fields: of the manifest: how answers are read, and the input.
+        texts: what they were fitted to.
     """
 
     exits: fit.Exits
     fields: Mapping[str, Any]
     held_out: CalibrationSamples
+    texts: Sequence[TextOrPair]
 
 
 def import_classifier(
@@ -146,7 +149,9 @@ def import_classifier(
     }
     certify = certifying[: len(held_out)]
     samples = CalibrationSamples(tune, certify, is_crossed=is_crossed, self_labelled=not settings.labelled)
-    return _published(Fitted(exits, fields, samples), full, small, work, store, exporting)
+    return _published(
+        Fitted(exits, fields, samples, [e.text for e in fitting]), full, small, work, store, exporting
+    )
 
 
 def _fit_spans(parts: Split, quantized: Model) -> Fitted:
@@ -158,7 +163,7 @@ def _fit_spans(parts: Split, quantized: Model) -> Fitted:
     tokens = [quantized.tokenize(*pair_of(e.text)) for e in parts.train]
     fitting = states.of_tokens(quantized, tokens, MAX_TOKENS_FITTED, SEED, "fitting")
     held_out = CalibrationSamples(parts.tune, parts.certify, self_labelled=True)
-    return Fitted(fit.fit_tokens(fitting, SEED), {"input": "text"}, held_out)
+    return Fitted(fit.fit_tokens(fitting, SEED), {"input": "text"}, held_out, [e.text for e in parts.train])
 
 
 def _published(
@@ -179,7 +184,7 @@ def _published(
         is_int8 = exporting.precision == "int8"
         model = written(small if is_int8 else full, draft)
         plain = written(full, other) if is_int8 else model
-        path = certified(draft, model, plain, fitted.held_out, exporting, {})
+        path = certified(draft, model, plain, fitted.held_out, exporting, {SEEN: hashes_of(fitted.texts)})
     shutil.rmtree(work / UNFINISHED, ignore_errors=True)
     with suppress(OSError):  # it is not empty
         work.rmdir()

@@ -14,6 +14,7 @@ from de3.data.split import groups_of, with_fragments
 from de3.export import records
 from de3.export.calibrate import Calibrated, CalibrationPart, calibrate
 from de3.export.record import record
+from de3.export.seen import warnings_of
 from de3.model_store.fitted import FittedTexts
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model, fitted_of
@@ -111,6 +112,7 @@ def recalibrate_on_texts(
     check_input(examples, artifact.manifest.input, str(file))
     used = with_fragments(examples) if fragments else examples
     _check_count(_report_related(used, len(examples) - len(used)))
+    warn(warnings_of(artifact.manifest, [e.text for e in examples]))
     recorded = record(Model(artifact), used, "the texts", for_fit=True)
     recorded = replace(recorded, labels=recorded.answers[:, -1])
     whole = CalibrationPart.of(recorded, used)

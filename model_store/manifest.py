@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from de3.exits import placement
+from de3.exits.criteria import MISSED_LIMITS
 from de3.exits.kinds import Kind, Spans, kind_of_text
 from de3.exits.reading import Weights
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
@@ -182,6 +183,11 @@ class Missed(ManifestPart):
     def row_within(self, most: float) -> int:
         """The index of the largest τ at which at most this share is missed, as certified."""
         return bisect_right(self.bounds, most) - 1
+
+    @property
+    def limit(self) -> float | None:
+        """The first of MISSED_LIMITS that is certified for a τ above 0; None if there is none."""
+        return next((limit for limit in MISSED_LIMITS if self.row_within(limit)), None)
 
     @property
     def uncertified(self) -> "Missed":

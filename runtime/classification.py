@@ -213,7 +213,9 @@ class ClassifyRequest(OptionFields):
     request_id: str | None = Field(None, max_length=128, description="id of the response")
     use_activation: bool | None = Field(None, description="false: the same as raw: true")
     activation: bool | None = Field(None, description="the former name of use_activation")
-    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="truncate, except for a model with a flag")
+    truncate_prompt_tokens: Literal[-1] | None = Field(
+        None, description="truncate, except for a model with a flag"
+    )
     truncation_side: Literal["right"] | None = Field(
         None, description="accepted; texts are truncated at their end"
     )

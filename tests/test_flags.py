@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3.commands.options import say_published
 from de3.data.examples import Example
 from de3.exits import bound, calibration
 from de3.exits.calibration import Samples
@@ -224,15 +225,29 @@ def test_the_bound_is_that_of_the_flagged_texts_alone() -> None:
 
 @pytest.mark.usefixtures("few_taus")
 def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(recalibrate, "MIN_TEXTS", 50)
     examples = [Example(f"{text} {number}", 0) for number, (text, _) in enumerate(make_rows(600, 71))]
-    recalibrate.recalibrate_on_texts(
+    path = recalibrate.recalibrate_on_texts(
         Store(store).open("tiny-int8"), Store(tmp_path), examples, tmp_path, 0.05, "risk", flag="negative@0.6"
     )
+    say_published(path, tmp_path)
+    assert "--max-missed 0.02" in capsys.readouterr().err
     missed = Store(tmp_path).open("tiny-int8").manifest.missed
     assert missed is not None and missed.flagged > 150 and missed.bounds[1] < 0.05
+    # The default τ, whose loss may be 5%, keeps the limit that can be certified.
+    assert missed.limit == 0.02 < missed.bounds[2]
+    assert Store(tmp_path).open("tiny-int8").manifest.defaults.tau == missed.taus[1]
+    for folder, options, limit in ((tmp_path, {}, 0.02), (store, {"flags": ["negative"]}, None)):
+        with serving(folder, models=["tiny-int8"], **options) as server:
+            (listed,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+            assert listed["max_missed"] == limit
+        assert ("nothing limits how many flagged texts" in caplog.text) == (limit is None)
     with serving(tmp_path, models=["tiny-int8"], max_missed=0.1) as server:
         answer = server.classify(input=TEXTS).json()
         certificate = answer["certificate"]
@@ -262,7 +277,8 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
             assert (layers == {3}) == ("tau" not in options), layers
     # Without --flag, the flag stays, but no certificate; another classifier on the same encoder is no guard.
     rows = write_rows(tmp_path / "texts.jsonl", make_rows(300, 72))
-    de3(f"calibrate tiny-int8 --texts {rows} --store {tmp_path}")
+    said = de3(f"calibrate tiny-int8 --texts {rows} --store {tmp_path}")
+    assert "--guarantee-missed 0.02" in said
     assert Store(tmp_path).open("tiny-int8").manifest.missed == missed.uncertified
     de3(f"fit {rows} --encoder tiny-int8 --name other --store {tmp_path}")
     other = Store(tmp_path).open("other").manifest

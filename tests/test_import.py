@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from de3.data.examples import to_examples
-from de3.data.tables import Columns, read_rows
+from de3.data.tables import Columns, TextOrPair, read_rows
 from de3.exits.kinds import CLASSES
 from de3.export import importing, states
 from de3.export.cache import artifact_of
 from de3.export.full_depth import export_full_depth
 from de3.export.original import original_of
+from de3.export.seen import warnings_of
 from de3.export.training_set import Target, TrainingSet
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
@@ -175,6 +176,8 @@ def test_what_an_import_promises_and_serves(imported: Path, classifier: Path, tm
         else:
             assert calibration.original_disagreement is None and full.disagreement_bound == 0
     manifest = Store(imported / "store").open("mine").manifest
+    texts: list[TextOrPair] = [*(imported / "texts.txt").read_text().splitlines()]
+    assert "100% of the texts" in warnings_of(manifest, texts)[0]
     assert manifest.calibration is not None
     full = next(row for row in manifest.calibration.table if row.tau == 0)
     with serving(imported / "store", models=["mine"]) as server:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from de3.data.examples import Example
+from de3.data.tables import TextOrPair
 from de3.export import recalibrate
+from de3.export.seen import SEEN, hashes_of, warnings_of
 from de3.model_store.store import Store
 from tests.commands import de3, refusal
 from tests.fixtures import make_rows, write_rows
@@ -102,3 +104,26 @@ def test_unknown_labels_the_wrong_input_or_shared_samples_publish_no_calibration
     with pytest.raises(ValueError, match=r"30 of its texts are in .*single.jsonl too"):
         de3(f"calibrate tiny-int8 --tune {file} --certify {file} --store {mine}")
     assert [path.name for path in mine.glob("tiny*/*")] == ["1", "1"]
+
+
+@pytest.mark.parametrize(("fitted", "others"), [(3000, 0), (300, 2700), (500, 500), (0, 3000), (30, 2970)])
+def test_a_calibration_on_the_texts_that_exits_were_fitted_to_warns(
+    store: Path, fitted: int, others: int
+) -> None:
+    known: list[TextOrPair] = [(f"text {i}", "a film") for i in range(20_000)]
+    manifest = Store(store).open("tiny").manifest.model_copy(update={"export": {SEEN: hashes_of(known)}})
+    said = warnings_of(manifest, [*known[:fitted], *(f"other {i}" for i in range(others))])
+    share = fitted / (fitted + others)
+    if share < 0.02:
+        assert said == []
+    else:
+        assert abs(float(said[0].split("%")[0].split()[-1]) / 100 - share) < 0.25
+    for odd in ({}, {SEEN: 1}, {SEEN: [1]}, {SEEN: []}):
+        assert warnings_of(manifest.model_copy(update={"export": odd}), known) == []
+
+
+def test_a_classifier_that_is_not_in_the_store_is_to_be_imported(store: Path, tmp_path: Path) -> None:
+    for name in (str(tmp_path), "my-org/my-guard"):
+        hint = f"de3 import {name} --texts FILE --name NAME --flag X@0.8"
+        assert hint in refusal(f"calibrate {name} --texts x.txt --store {store} --flag X@0.8")
+    assert "de3 import my-org/my-guard --texts" in refusal(f"evaluate my-org/my-guard x.csv --store {store}")

@@ -15,6 +15,7 @@ from de3.commands.options import (
     File,
     LabelNames,
     add_parameters,
+    check_imported,
     fields_of,
     need_extra,
     read_rows,
@@ -194,6 +195,7 @@ def _open(name: str, store: Path) -> _Subject:
     path, artifact = Path(name), Store(store).find(name)
     if artifact is None:
         if not path.is_dir():
+            check_imported(name, store)
             raise ValueError(
                 f"{name}: no such checkpoint or artifact, and no such model in the store {store}"
             )

@@ -15,6 +15,7 @@ from de3.commands.options import (
     Quantize,
     add_parameters,
     check_groups,
+    check_imported,
     fields_of,
     need_extra,
     say,
@@ -134,6 +135,7 @@ def calibrate(
     from de3.model_store.store import Store
 
     models = Store(store)
+    check_imported(model, store, flag)
     if records:
         path = recalibrate_on_records(models.open(model), models, records, max_loss / 100, signal, flag)
     elif texts is not None:

@@ -1,5 +1,6 @@
 """Options and checks that several commands share."""
 
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from inspect import Parameter, Signature, signature
@@ -186,18 +187,36 @@ def is_given(context: typer.Context, parameter: str) -> bool:
 def say_published(path: Path, store: Path, with_size: bool = False) -> None:
     """Print the folder of a published version, with its size if wanted, and the command that serves it."""
     size = f" ({sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB)" if with_size else ""
+    from de3.model_store.store import Store
+
     serve = f"de3 serve --model {path.parent.name}" + ("" if store == Path("models") else f" --store {store}")
+    if (missed := Store(store).open_path(path).manifest.missed) is not None:  # a guard
+        serve += " --guarantee-missed 0.02" if missed.limit is None else f" --max-missed {missed.limit:g}"
     old = (
         ""
         if path.name == "1"
         else "; servers that run keep their version until they load this one or restart"
     )
-    from de3.model_store.store import Store
-
     name, pinned = path.parent.name, Store(store).pin(path.parent.name)
     if pinned is not None:  # a start does not serve it
         old, serve = f"; {name} stays pinned to version {pinned}", f"de3 models load {name}:{path.name}"
     say(f"published {path}{size}{old}. Next: {serve}")
+
+
+def check_imported(name: str, store: Path, flag: str | None = None) -> None:
+    """Raise ValueError for a hub id or folder that is not in a store; the message says how to import the classifier.
+
+    flag: of a guard.
+    """
+    from de3.model_store.store import Store
+
+    if (Path(name).is_dir() or "/" in name) and Store(store).find(name) is None:
+        command = ["de3", "import", name, "--texts", "FILE", "--name", "NAME"]
+        command += [] if flag is None else ["--flag", flag]
+        raise ValueError(
+            f"{name}: is not in the store {store}. To add exits to a classifier, and certify them: "
+            f"{shlex.join(command)}"
+        )
 
 
 def say(message: str) -> None:
