@@ -104,6 +104,11 @@ def speedup(num_layers: int, mean_exit_layer: float) -> float:
     return min(MAX_SPEEDUP, num_layers / mean_exit_layer) if mean_exit_layer > 0 else MAX_SPEEDUP
 
 
+def times(speedup: float) -> str:
+    """A speed-up in layers for people; beyond 100, hardly any text runs a layer, and the number says nothing more."""
+    return f"{speedup:.2f}×" if speedup < 100 else "over 100×"
+
+
 def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> TradeOff:
     """The outcome of exiting at score < τ; scores are (n, exits)."""
     recorded = samples.recorded

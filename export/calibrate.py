@@ -194,7 +194,7 @@ def _missed(samples: Samples, scores: Floats, confidence: float, wanted: Wanted,
         index = bisect_right(bounds, limit) - 1
         if index and len(costs):
             speed = calibration.speedup(recorded.exit_costs[-1], float(costs[:, index].mean()))
-            allowed.append(f"{100 * limit:g}%: {speed:.2f}×")
+            allowed.append(f"{100 * limit:g}%: {calibration.times(speed)}")
         else:
             needed = math.ceil(math.log(1 - confidence) / math.log1p(-limit))
             allowed.append(f"{100 * limit:g}%: none (needs at least {needed} flagged samples)")
@@ -256,10 +256,11 @@ def _report(
     for rows in sorted(tables.values(), key=calibration.mean_speedup, reverse=True):
         mark = "  (default)" if rows[0].signal == default.signal else ""
         certified = TradeOffs(rows)
-        speeds = [f"{calibration.speed_within(rows, d):.2f}×" for d in calibration.DISAGREEMENTS]
+        speeds = [calibration.times(calibration.speed_within(rows, d)) for d in calibration.DISAGREEMENTS]
         guaranteed = [(d, certified.within_disagreement(d)) for d in calibration.DISAGREEMENTS]
         speeds += [
-            "–" if row.disagreement_bound > most else f"{row.speedup:.2f}×" for most, row in guaranteed
+            "–" if row.disagreement_bound > most else calibration.times(row.speedup)
+            for most, row in guaranteed
         ]
         table.add_row(signal_label(rows[0].signal, rows[0].lam) + mark, *speeds)
     console.print(table)
@@ -274,7 +275,7 @@ def _report(
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
         f"depth {100 * default.loss:+.2f} points "
         f"(at most {100 * calibration.upper_loss(default):+.2f} with 95% confidence), mean exit layer "
-        f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×; "
+        f"{default.mean_exit_layer:.2f}, speed-up {calibration.times(default.speedup)}; "
         f"{100 * default.disagreement:.2f}% differ from {reference} (at most {100 * default.disagreement_bound:.2f}%)"
         f"{'' if self_labelled else f'. {limited}'}",
         soft_wrap=True,

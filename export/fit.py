@@ -205,7 +205,7 @@ def choose(
         console.print(
             f"exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'} agree with full depth on "
             f"{agreement}% of {len(held)} texts, from the embeddings to the last layer but one; speed-up about "
-            f"{mean_speedup:.2f}×",
+            f"{calibration.times(mean_speedup)}",
             soft_wrap=True,
             highlight=False,
         )

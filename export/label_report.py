@@ -88,7 +88,8 @@ def report(
     outcome = calibration.outcome(samples, scores, tau, Entropy())
     console.print(
         f"{len(texts)} {what}: at full depth, {measure} {full.accuracy()}, macro-F1 {full.macro_f1()}; at the default "
-        f"τ = {tau:g}, {measure} {early.accuracy()}, macro-F1 {early.macro_f1()}, {outcome.speedup:.2f}× in layers, "
+        f"τ = {tau:g}, {measure} {early.accuracy()}, macro-F1 {early.macro_f1()}, "
+        f"{calibration.times(outcome.speedup)} in layers, "
         f"{100 * outcome.disagreement:.1f}% of the answers differ from full depth",
         soft_wrap=True,
         highlight=False,

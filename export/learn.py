@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
 from de3.exits import betting, risk
-from de3.exits.calibration import FINE_TAUS
+from de3.exits.calibration import FINE_TAUS, times
 from de3.exits.criteria import Limits, criteria_of
 from de3.exits.flags import Flag
 from de3.exits.guarantee import Audited, error_of, profiles
@@ -298,8 +298,8 @@ def import_records(base: Artifact, files: Sequence[Path], store: Store, name: st
     records = opened(files, base.manifest)
     fitted = fit_exits(records, base.manifest, 1, Limits(rate), base=base)
     console.print(
-        f"on {len(fitted.evidence)} held-out records the exits allow a speed-up of {fitted.speedup:.2f}× in layers at "
-        f"{100 * rate:g}% disagreement",
+        f"on {len(fitted.evidence)} held-out records the exits allow a speed-up of {times(fitted.speedup)} in layers "
+        f"at {100 * rate:g}% disagreement",
         highlight=False,
     )
     return publish(base, fitted, store, None, len(records), name)

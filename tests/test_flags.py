@@ -24,6 +24,7 @@ from de3.exits.signals import Entropy
 from de3.exits.spans import SpanRule, Unsure
 from de3.export import recalibrate
 from de3.export.guard_report import flag_table
+from de3.model_store.manifest import Missed
 from de3.model_store.store import Store, StoreError
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted, parsed
@@ -308,8 +309,15 @@ def test_recall_and_false_alarms_by_threshold(store: Path, tmp_path: Path) -> No
     logits[[60, 70], 0] = [-9, 0]
     labels = np.where(np.arange(100) < 10, 1, 0)
     recorded = Recorded([0, 1], logits, np.full_like(logits, np.nan), labels)
-    table = flag_table(recorded, Flag((0,), (0.5,)), 1.0, Entropy())
-    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    bounds = {"labels": ["bad"], "threshold": 0.5, "is_below": False, "flagged": 200}
+    missed = Missed.model_validate(bounds | {"taus": [0, 0.5, 1], "bounds": [0, 0.015, 0.9]})
+    rows = []
+    for certificate in (missed, None):
+        table = flag_table(recorded, Flag((0,), (0.5,)), 1.0, Entropy(), certificate)
+        rows.append(list(zip(*(list(column.cells) for column in table.columns), strict=True)))
+    with_limits, rows = rows
+    at_flag = next(row for row in with_limits if row[1] == "the flag")
+    assert at_flag[-4:] == ("4.0% of 50", "0.0%", "4.0%", "4.0%") and len(at_flag) == 8
     assert ("0.05", "", "100.0%", "50.0%", "2.1% of 95") in rows
     assert ("0.5", "the flag", "55.6%", "0.0%", "4.0% of 50") in rows
     assert ("0.199", "recall 90%", "90.0%", "0.0%", "2.5% of 81") in rows

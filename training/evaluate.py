@@ -194,8 +194,8 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
         f"{more}{100 * o.disagreement:.2f}% of {measures.answer} differ from {reference}, "
-        f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
-        f"{in_time(recorded, scores, tau, times):.2f}× in time (tokenizer, embeddings and exits included)\n"
+        f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {calibration.times(o.speedup)}, "
+        f"{calibration.times(in_time(recorded, scores, tau, times))} in time (with tokenizer, embeddings and exits)\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
         f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}{_probability_line(recorded, exit_index(scores, tau))}"
     )
@@ -248,8 +248,8 @@ def _outcome_cells(
     o = calibration.outcome(calibration.Samples.independent(recorded), scores, tau, signal)
     low, high = (100 * x for x in o.loss_interval)
     return [
-        f"{o.speedup:.2f}×",
-        f"{in_time(recorded, scores, tau, times):.2f}×",
+        calibration.times(o.speedup),
+        calibration.times(in_time(recorded, scores, tau, times)),
         f"{100 * o.disagreement:.2f}%",
         f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
     ]
@@ -268,7 +268,7 @@ def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
         rows = [calibration.outcome(samples, scores, float(tau), signal) for tau in [0.0, *taus]]
         best = [max((r.speedup for r in rows if r.disagreement <= d), default=None) for d in HINDSIGHT]
         name = signal_label(signal.name, signal.lam)
-        table.add_row(name, *("–" if speed is None else f"{speed:.2f}×" for speed in best))
+        table.add_row(name, *("–" if speed is None else calibration.times(speed) for speed in best))
     return table
 
 

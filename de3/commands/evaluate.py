@@ -182,10 +182,16 @@ class _Subject:
     def report_guard(self, recorded: Any, guard: Any, output: Console) -> None:
         """Print recall and false alarms by threshold, if there is a flag; see export.guard_report.flag_table."""
         from de3.export.guard_report import flag_table
+        from de3.runtime.flags import certified_flag, flag_of
 
         if guard is not None:
             manifest = self.served.model.manifest
-            output.print(flag_table(recorded, guard[1], manifest.defaults.tau, manifest.default_signal))
+            own = certified_flag(manifest)
+            is_own = own is not None and flag_of(own, manifest, manifest.kind) == guard[1]
+            missed = manifest.missed if is_own else None
+            output.print(
+                flag_table(recorded, guard[1], manifest.defaults.tau, manifest.default_signal, missed)
+            )
 
 
 def _open(name: str, store: Path) -> _Subject:

@@ -32,6 +32,7 @@ def models_list(store: StoreOption = Path("models")) -> None:
     """List the models and versions of a store."""
     from rich.table import Column, Table
 
+    from de3.exits.calibration import times
     from de3.model_store.store import Store
 
     models = Store(store)
@@ -53,7 +54,7 @@ def models_list(store: StoreOption = Path("models")) -> None:
         numbers = ["–", "–"]
         if c is not None:
             agree = " agree" if c.self_labelled else ""  # with full depth or the imported classifier
-            numbers = [f"{100 * c.default.accuracy:.1f}%{agree}", f"{c.default.speedup:.1f}×"]
+            numbers = [f"{100 * c.default.accuracy:.1f}%{agree}", times(c.default.speedup)]
         table.add_row(name + pinned, labels, str(m.num_layers), m.precision, f"{m.defaults.tau:g}", *numbers)
     Console().print(table)
 

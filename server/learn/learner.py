@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from de3.exits.calibration import times
 from de3.model_store.manifest import LEARNED_FROM, base_of
 from de3.model_store.records import Records, shape_of
 from de3.model_store.store import Artifact
@@ -286,15 +287,11 @@ def sentence(result: Result) -> str:
     """The outcome of a fit in words."""
     if result.outcome == "failed":
         return f"fit {result.attempt} failed: {result.error}"
-    measured = (
-        f"on {result.held_out} held-out records its exits allow {result.speedup:.2f}× at the guarantee, and prove "
-        f"{result.proved_speedup:.2f}×"
-    )
+    found = result.speedup, result.proved_speedup, result.served_speedup
+    allowed, proved, served = (times(one or 0.0) for one in found)  # None only if it failed
+    measured = f"on {result.held_out} held-out records its exits allow {allowed} at the guarantee, and prove {proved}"
     if result.outcome == "waits":
-        return (
-            f"fit {result.attempt} waits until newer texts prove more than the {result.served_speedup:.2f}× that is "
-            f"served: {measured}"
-        )
+        return f"fit {result.attempt} waits until newer texts prove more than the {served} that is served: {measured}"
     if result.outcome == "pinned":
         return f"fit {result.attempt} is not served, as another version is pinned: {measured}"
     if result.outcome == "served":
@@ -303,9 +300,7 @@ def sentence(result: Result) -> str:
         return (
             f"fit {result.attempt} is not served, as the traffic or the models changed meanwhile: {measured}"
         )
-    return (
-        f"fit {result.attempt} is not faster than what is served ({result.served_speedup:.2f}×): {measured}"
-    )
+    return f"fit {result.attempt} is not faster than what is served ({served}): {measured}"
 
 
 def result_of(
