@@ -200,6 +200,20 @@ def test_what_the_page_says_of_a_text(page: Page, server: Server) -> None:
     expect(page.locator("#summary")).to_contain_text(f"truncated after “…{text[end - 30 : end]}”.")
 
 
+def test_what_the_page_says_of_a_guard(tab: Page) -> None:
+    text = "a dull and boring mess , bad and awful"
+    with serving(DEMO, flags=["negative@0.6"], tau=0.9) as server:
+        row = server.classify(input=text, explain=True, flag_threshold=0.6, flag="negative").json()["data"][0]
+        assert row["flag"]["flagged"] and any(one["score"] < 0.9 for one in row["layers"][:-1])
+        for page in visited(tab, server):
+            page.fill("#text", text)
+            summary = page.locator("#summary")
+            prob = f"{row['flag']['prob'] * 100:.1f}%"
+            expect(summary).to_contain_text(f"(negative {prob}, flagged from 60%)")
+            expect(summary).to_contain_text("Early exits may miss any number of the flagged texts.")
+            expect(page.locator("#layers")).to_contain_text("flagged: no exit")
+
+
 def test_the_first_time_of_a_cold_server_is_not_shown(page: Page) -> None:
     sent: list[str] = []
 

@@ -362,7 +362,11 @@ function drawAnswer(row, text, fullDepth, animate) {
     const deep = exit.layer === count ? ", decided at full depth" : "";
     const safe = exit.reason === "threshold" ? "safe early" : `not flagged${deep}`;
     const how = row.flag.flagged ? `flagged${deep}` : row.flag.flagged === null ? "not read to its end" : safe;
-    lines.push(note(`This model is a guard: the text is ${how}.`));
+    const { flag: wanted, thresholds, max_missed } = state.model, { label, prob } = row.flag;
+    const least = wanted?.threshold ?? thresholds?.[state.model.labels.indexOf(label)] ?? 0.5;
+    const why = prob === undefined ? "" : ` (${label} ${percent(prob)}, flagged from ${atMost(least)})`;
+    const most = max_missed == null ? "any number" : `at most ${atMost(max_missed)}`;
+    lines.push(note(`This model is a guard: the text is ${how}${why}. Early exits may miss ${most} of the flagged texts.`));
   }
   const end = [...text].slice(0, row.truncated_at ?? 0).slice(-30).join(""); // of a pair, it is unknown
   if (row.truncated) lines.push(note(`Too long for the model: truncated${end && ` after “…${end}”`}.`));
@@ -379,7 +383,8 @@ function drawAnswer(row, text, fullDepth, animate) {
   const layers = state.model.exit_layers.map((layer, i) => {
     const at = (passed) => passed?.layers.find((one) => one.layer === layer);
     const ran = at(row), shown = ran ?? at(fullDepth);
-    const status = layer === exit.layer ? reason : ran ? "not sure yet" : shown ? "saved" : "not run";
+    const goesOn = row.flag && ran?.score < exit.tau ? "flagged: no exit" : "not sure yet";
+    const status = layer === exit.layer ? reason : ran ? goesOn : shown ? "saved" : "not run";
     const kind = layer === exit.layer ? "exit" : ran ? "ran" : "saved";
     return drawLayer(layer, shown, name, status, kind, exit.tau, i);
   });
