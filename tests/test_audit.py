@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 from weakref import WeakSet, ref
 
 import httpx
@@ -22,8 +23,9 @@ import numpy as np
 import pytest
 
 from de3.exits.criteria import Limits, criteria_of
+from de3.exits.flags import Flag
 from de3.exits.guarantee import Audited
-from de3.exits.kinds import Spans
+from de3.exits.kinds import CLASSES, Spans
 from de3.exits.reading import Reading, read
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
@@ -651,6 +653,35 @@ def test_tau_is_the_lower_one_that_the_two_guarantees_of_a_token_classifier_allo
     assert (*(one.index for one in rates), tenant.index) == indices
     tenant.reset(1)
     assert (*(one.index for one in rates), tenant.index) == (0, 0, 0)
+
+
+def test_a_text_that_was_counted_is_no_evidence_about_flagged_texts_either() -> None:
+    """Whatever is counted beside it: the second criterion is only about the flagged texts."""
+    taus, flag = np.array([0.0, 0.1, 0.2]), Flag((0,), (0.5,))
+    for first, index in ((range(1000, 1400), 2), (range(400, 800), 0)):
+        criteria = [Bounded(each, taus, 0.05) for each in criteria_of(CLASSES, Limits(None, 0.1, flag))]
+        tenant = Tenant(taus, criteria, 0)
+        safe, texts = [Audited([0.05, None], [[False, False], of]) for of in (None, [False, False])]
+        for keys, audited in ((first, [safe] * 400), (range(800), [safe] * 400 + [texts] * 400)):
+            one = Settled("", 0, 1.0, may_rise=True)
+            for key, text in zip(keys, audited, strict=True):
+                one.add(key, text, False)
+            tenant.count(one, [1, 2], 10_000)
+        assert tenant.index == index
+
+
+def test_a_text_in_windows_is_no_evidence_if_one_of_them_is_near_to_a_fitted_text() -> None:
+    class Texts(list[int]):
+        whole = 0
+
+    def key_of(*parts: int) -> int | None:
+        """The key of a text in windows, of which the windows 7 are near."""
+        one: Any = SimpleNamespace(_has_guarantee=True, served=SimpleNamespace(model=SimpleNamespace()))
+        one.served.model.fitted = SimpleNamespace(is_near=lambda window: window == 7)
+        with mock.patch.multiple(auditor, pieces_of=int, _key=lambda _: 1):
+            return Auditor._evidence_key(one, Texts(parts))  # type: ignore[arg-type]
+
+    assert (key_of(1, 2, 3), key_of(1, 7, 3), key_of(7, 7), key_of(7, 1), key_of(1, 7)) == (1, *[None] * 4)
 
 
 def test_an_admins_reset_is_that_of_all_versions_of_the_model(store: Path, tmp_path: Path) -> None:

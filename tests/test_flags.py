@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -27,7 +28,7 @@ from de3.export.guard_report import flag_table
 from de3.model_store.manifest import Missed
 from de3.model_store.store import Store, StoreError
 from de3.runtime.errors import RequestError
-from de3.runtime.flags import Wanted, parsed
+from de3.runtime.flags import Wanted, certified_flag, parsed
 from de3.runtime.rules import Rules
 from de3.server.models import default_of
 from de3.server.settings import Settings
@@ -81,6 +82,24 @@ def test_a_token_that_may_be_in_a_span_keeps_a_text_from_exiting() -> None:
     recorded.spans[0] = spans
     assert recorded.blocked(Flag())[0].tolist() == [True, True, False]
     assert recorded.flagged(Flag())[0].tolist() == [False, True, False]
+
+
+def test_what_is_bounded_for_a_kind_of_answers() -> None:
+    flag = Flag((0,), (0.5,))
+    for kind, limits, expected in (
+        (CLASSES, Limits(0.1), [("disagreement", 0.1)]),
+        (CLASSES, Limits(0.1, 0.2, flag), [("disagreement", 0.1), ("missed_flagged", 0.2)]),
+        (CLASSES, Limits(None, 0.2, flag), [("disagreement", None), ("missed_flagged", 0.2)]),
+        (Spans(SpanRule(("O", "X"))), Limits(0.1), [("disagreement", 0.1), ("missed", 0.1)]),
+    ):
+        assert [(one.name, one.limit) for one in criteria_of(kind, limits)] == expected
+
+
+def test_a_certificate_keeps_the_direction_of_its_flag() -> None:
+    for is_below in (False, True):
+        missed = SimpleNamespace(labels=[], threshold=0.3, is_below=is_below)
+        wanted = certified_flag(SimpleNamespace(missed=missed))  # type: ignore[arg-type]
+        assert wanted == Wanted([], 0.3, is_below)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=3, max_size=3), st.floats(0, 1))

@@ -13,14 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from de3.exits.flags import Flag
-from de3.exits.kinds import CLASSES, Labels
-from de3.exits.reading import ClassReading
+from de3.exits.kinds import CLASSES, Labels, Value
+from de3.exits.reading import ClassReading, ValueReading
 from de3.exits.windows import Span, combination
 from de3.model_store.store import Store
+from de3.runtime.classification import Classification
+from de3.runtime.engine.job import planned
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted
+from de3.runtime.options import AskedLong
 from de3.server.http.detectors import MAX_CHARS, ContentsRequest, safe_labels
 from tests.serving import Server, serving
 
@@ -249,8 +252,53 @@ def test_wrong_flags_are_refused(server: Server) -> None:
         assert answer.status_code == 422 and answer.json()["error"]["message"].startswith(says), answer.text
 
 
+def test_how_a_long_text_is_read_when_a_guard_shares_the_pass() -> None:
+    def planned_with(*served: str, long: AskedLong | None = None) -> tuple[int, bool]:
+        """The windows and truncation for models that are each a guard, plain or spans, perhaps with a setting."""
+        models: Any = [
+            SimpleNamespace(
+                rules=SimpleNamespace(
+                    long=setting or None, flag=Flag((0,), (0.5,)) if kind == "guard" else None
+                ),
+                model=SimpleNamespace(manifest=SimpleNamespace(max_tokens=512, is_spans=kind == "spans")),
+            )
+            for kind, _, setting in (one.partition("=") for one in served)
+        ]
+        found = planned(Classification([Text("a")], long=long), models)
+        return found.windows, found.truncate
+
+    whole, cut, refused = (16, True), (1, True), (1, False)  # /classify says what was not read
+    for served, expected, asked in (
+        (("plain",), cut, cut),
+        (("guard",), whole, whole),
+        (("spans",), whole, cut),
+        (("guard", "plain"), whole, whole),
+        (("plain", "guard"), whole, whole),
+        (("spans", "plain"), cut, cut),
+        (("guard=error",), refused, refused),
+        (("guard=truncate", "plain"), cut, cut),
+        (("guard=truncate", "plain=windows"), whole, cut),
+        (("plain=windows",), whole, cut),
+    ):
+        assert planned_with(*served) == expected, served
+        assert planned_with(*served, long="may truncate") == asked, served
+        assert planned_with(*served, long="truncate") == cut
+        assert planned_with(*served, long="error") == refused
+
+
 # Few, so that windows are often equal, and at the threshold.
 SHARES = st.sampled_from([0.01, 0.25, 0.5, 0.75, 0.99])
+
+
+@given(st.lists(SHARES, min_size=1, max_size=16), SHARES, st.booleans())
+def test_a_value_is_flagged_in_any_window(found: list[float], at: float, is_below: bool) -> None:
+    flag = Flag((0,), (at,), is_below)
+    combined = combination(Value(0.1), [Span(i, i + 1, 1) for i in range(len(found))], flag)
+    readings = [ValueReading(3, value) for value in found]
+    for one in readings:
+        combined.add(one)
+    assert flag.is_raised(combined.reading(readings[-1])) == any(flag.is_raised(one) for one in readings)
+    assert combined.decisive == found.index(min(found) if is_below else max(found))
 
 
 @given(st.lists(SHARES, min_size=1, max_size=16), SHARES, st.booleans())

@@ -515,6 +515,27 @@ def test_heads_that_share_a_pass_decide_as_alone(
             assert one.hidden is None and one.seconds == max(d.seconds for d in one.decisions)
 
 
+@pytest.mark.parametrize("flagged", [0, 1])
+def test_each_flagged_label_has_its_own_threshold(flagged: int) -> None:
+    layers, heads = encoder_with_heads("bert")
+    exits, of = heads[3], Labels.of([0.5] * 4)
+    text = Tokens(*(np.random.default_rng(5).integers(0, n, (1, 9)) for n in (20, 2)), False)
+
+    def run(tau: float, limits: list[float] | None = None) -> list[Decision]:
+        flag = Flag((0, 1), tuple(limits)) if limits else None
+        both = [Decision(exits, ExitRule(tau, Entropy(), kind=of, flag=flag), 3) for _ in range(2)]
+        NativeForward(kernels, layers, 64)([ForwardPass(text, both[:1])])
+        LayerByLayer(layers)([ForwardPass(text, both[1:])])
+        assert outcome(both[0]) == outcome(both[1])
+        return both
+
+    probs = run(1.0)[0].readings[-1].probs  # type: ignore[union-attr]
+    limits = [0.9999, 0.9999]
+    assert max(probs) < 0.999 and run(1.0, limits)[0].reason == "threshold"
+    limits[flagged] = probs[flagged]
+    assert run(1.0, limits)[0].reason == "last_layer"
+
+
 def test_tau_is_multiplied_only_once_for_a_text_that_is_far_at_every_exit() -> None:
     """The kernels' wrong answers would be rare: the score must be between the two products."""
     (layers, (exits, *_)), rng = encoder_with_heads("bert"), np.random.default_rng(3)

@@ -11,7 +11,7 @@ from de3.exits.guarantee import profiles
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import FEATURES, UNUSED, Risk
-from de3.export.calibrate import CalibrationPart, calibrate
+from de3.export.calibrate import CalibrationPart, _placed, calibrate
 from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.model import Model
 from de3.model_store.store import Store
@@ -55,6 +55,26 @@ def test_exits_that_cost_more_than_they_save_are_left_out(seed: int) -> None:
             else np.inf
         )
         assert times >= (1 - placement.MIN_GAIN) * chosen
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.9, set()), (1.1, {0, 1})])
+def test_an_exit_that_saves_no_more_than_chance_does_is_used(
+    gain: float, expected: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = with_useless(recorded(3000))
+
+    def time(layers: object, scores: object, differs: object, used: list[int], cost: float) -> float:
+        return float((1 - gain * placement.MIN_GAIN) ** (3 - len(used)) + 0.1 * (2 not in used))
+
+    monkeypatch.setattr(placement, "_time", time)
+    assert placement.unused_exits(r, risk.cross_fit(r), COST) == expected
+
+
+def test_an_exit_that_is_not_used_has_no_risk_below_any_tau() -> None:
+    part = CalibrationPart.of(with_useless(recorded(3000)), examples(3000))
+    placed, scores = _placed(part, COST, None)
+    unused = sorted(placed.samples.recorded.unused)
+    assert unused and (scores[:, unused] == 1).all() and (scores[:, :3] < 1).any()
 
 
 def test_all_exits_are_used_where_the_cost_is_not_known_or_samples_are_few() -> None:

@@ -18,6 +18,7 @@ from de3.model_store.manifest import Defaults
 from de3.model_store.store import Store
 from de3.runtime.classification import MAX_MODELS
 from de3.runtime.options import OPTION_NAMES
+from de3.server.http.access import TOKENS_PER_TEXT
 from tests.commands import de3
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.jobs import job
@@ -226,6 +227,26 @@ def test_each_model_counts(heads: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert over.status_code == 429 and "over your rate limit" in over.text
         assert post("c", 16, 3).json()["error"]["message"].startswith("this request costs 48 texts")
         assert post("c", 16, 1).status_code == 200
+
+
+def test_the_tokens_of_a_long_text_count_for_each_model(heads: Path) -> None:
+    settings: dict[str, Any] = {"api_keys": f"a {'a' * 20}", "rate_limit": "40/hour"}
+    with serving(heads, models=[*NAMES], **settings) as limited:
+
+        def cost(texts: list[str]) -> httpx.Response:
+            body = {"models": ["tiny", "tiny"], "input": texts, "long": "windows"}
+            return httpx.post(
+                f"{limited.url}/classify",
+                json=body,
+                headers={"Authorization": f"Bearer {'a' * 20}"},
+                timeout=60,
+            )
+
+        long = cost(["good film " * 250])
+        texts = -(-long.json()["usage"]["prompt_tokens"] // TOKENS_PER_TEXT)
+        left = 40 - 2 * texts
+        assert texts > 2 and cost(["a"] * (left // 2 + 1)).status_code == 429
+        assert cost(["a"] * (left // 2)).status_code == 200
 
 
 def test_the_calibrated_texts_of_each_model_are_counted(server: Server) -> None:

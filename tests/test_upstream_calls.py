@@ -245,3 +245,25 @@ def test_the_state_folder_is_written_by_one_thread_at_a_time(
     assert caplog.text.count("state_dir: cannot save the calls of upstreams") == 1
     again = Upstreams(Settings(upstreams=models[1:], state_dir=tmp_path / "state"))
     assert again.all["two"].usage.totals.local == 53
+
+
+@in_event_loop
+async def test_the_addresses_of_a_network_are_one_client(tmp_path: Path, upstream: Service) -> None:
+    one = caller(tmp_path, upstream, max_queue=16, concurrency=2)
+
+    def ask(client: str) -> asyncio.Task[Reply]:
+        return asyncio.create_task(one.ask(Query(Text(client), "uncertain", client), 30))
+
+    upstream.gate.clear()
+    other = ask("other")
+    await soon(lambda: upstream.running == 1, "the first call")
+    many = [ask(f"2001:db8:0:{number:x}::1") for number in range(40)]
+    await soon(lambda: upstream.running == 2, "a call of the network")
+    refused = await error_of(many[-1])
+    assert refused.cause == "upstream" and not other.done()
+    last = [ask("other") for _ in range(3)]  # a network leaves room for others
+    await asyncio.sleep(0)
+    upstream.gate.set()
+    assert [answer.label for answer in await asyncio.gather(other, *last)] == [1] * 4
+    await asyncio.wait(many)
+    assert sum(task.exception() is None for task in many) < 32
