@@ -312,6 +312,31 @@ def test_a_text_of_several_tiles_runs_in_a_group_as_alone(family: dict[str, Any]
             assert together == [logits_of([x], model, exits, types, 2)[0] for x in texts]
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_token_sees_all_tokens_of_its_window_and_no_others(name: str) -> None:
+    """Also where the queries of a long text are split into parts."""
+    rng, tokens, window = np.random.default_rng(9), 300, 3
+    family = {"type": "modernbert", "window": window, "local_layers": [1]}
+    architecture = random_architecture(64, 2, 64, 2, 0, True, True, None, family, tokens)
+    model = build(random_encoder(rng, architecture).network)
+    ids = rng.integers(0, 19, (1, tokens))
+
+    def states(ids: Any) -> Any:
+        embeddings, found = (np.empty((1, tokens, 64), np.float32) for _ in range(2))
+        with using(name):
+            kernels.run(model, 0, ids, None, embeddings)
+            kernels.run(model, 1, embeddings, None, found)
+        return found[0]
+
+    before = states(ids)
+    for changed in (0, 1, *range(tokens // 2 - 5, tokens // 2 + 5), tokens - 1):
+        other = ids.copy()
+        other[0, changed] = 19
+        rows = np.flatnonzero((states(other) != before).any(1))
+        seen = range(max(0, changed - window), min(tokens, changed + window + 1))
+        assert rows.tolist() == [*seen], changed
+
+
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 def test_processes_share_the_memory_of_the_weights() -> None:
     rng = np.random.default_rng(8)
