@@ -260,6 +260,7 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
     assert "--max-missed 0.02" in capsys.readouterr().err
     missed = Store(tmp_path).open("tiny-int8").manifest.missed
     assert missed is not None and missed.flagged > 150 and missed.bounds[1] < 0.05
+    assert missed.bounds[1] == pytest.approx(bound.upper_bound(0, missed.flagged, bound.CROSSED), abs=1e-6)
     # The default τ, whose loss may be 5%, keeps the limit that can be certified.
     assert missed.limit == 0.02 < missed.bounds[2]
     assert Store(tmp_path).open("tiny-int8").manifest.defaults.tau == missed.taus[1]
