@@ -16,7 +16,7 @@ from tests.serving import free_port, until
 CONFIG = Path("deploy/prometheus")
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None or shutil.which("promtool") is None,
-    reason="no prometheus here: apt-get install prometheus",
+    reason="no prometheus here: tests/docker/packages.sh",
 )
 
 

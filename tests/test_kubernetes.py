@@ -130,7 +130,7 @@ def test_the_autoscaler_asks_for_an_existing_metric(documents: Documents) -> Non
         assert f'"{name}"' in Path("server/metrics.py").read_text()
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here (Debian: prometheus)")
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here: tests/docker/packages.sh")
 def test_prometheus_can_scrape_the_pods() -> None:
     subprocess.run(["promtool", "check", "config", FILE.parent / "scrape.yaml"], check=True)
     (job,) = yaml.safe_load((FILE.parent / "scrape.yaml").read_text())["scrape_configs"]

@@ -19,7 +19,7 @@ from de3.server.settings import Settings
 from tests.serving import CERTIFICATES, Server, free_port, until
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("nginx") is None, reason="no nginx here: apt-get install nginx-light"
+    shutil.which("nginx") is None, reason="no nginx here: tests/docker/packages.sh"
 )
 
 

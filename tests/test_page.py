@@ -18,7 +18,7 @@ from tests.serving import Server, serving, until
 from tests.stock import token_classifier, with_random_exits
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: tests/docker/packages.sh")
 # With these flags, the browser makes no requests of its own.
 FLAGS = ["--no-sandbox", "--no-first-run"]
 UNUSED = ("gpu", "quic", "background-networking", "component-update", "sync")
