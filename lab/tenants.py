@@ -166,7 +166,7 @@ def table(answers: Sequence[Answer], fits: Sequence[dict[str, Any]]) -> tuple[li
     rows = []
     for name in dict.fromkeys(names.tolist()):
         own, fit = layers[names == name], served.get(name.partition(":")[2])
-        proved = [f"{fit['held_out']:,}", f"{fit['proved_speedup']:.2f}×"] if fit else ["–", "–"]
+        proved = [f"{fit.get('held_out', 0):,}", _proved(fit)] if fit else ["–", "–"]
         speedups = [f"{layers.max() / part.mean():.2f}×" for part in (own[:WINDOW], own[-WINDOW:])]
         rows.append([name, *proved, f"{len(own):,}", *speedups])
     columns = ["version", "tested on records", "proved", "texts"]
@@ -207,6 +207,12 @@ def p99(
     show(["processes", "tenants", "p50, ms", "p99, ms", "answered", "requests", "batches"], rows)
 
 
+def _proved(fit: dict[str, Any]) -> str:
+    """The speed-up that a fit proves, or why it failed."""
+    proved = fit.get("proved_speedup")
+    return str(fit.get("error")) if proved is None else f"{proved:.2f}×"
+
+
 @app.command()
 def copies(
     stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
@@ -237,7 +243,7 @@ def copies(
         labels = truth(url, next_texts, keys[0])
     layers, deepest = np.array([answer.layer for answer in answers]), max(answer.layer for answer in answers)
     differ = sum(answer.label != label for answer, label in zip(answers, labels, strict=True))
-    outcomes = ", ".join(f"{fit['outcome']} ({fit['proved_speedup']:.2f}×)" for fit in reversed(fits))
+    outcomes = ", ".join(f"{fit['outcome']} ({_proved(fit)})" for fit in reversed(fits))
     show(
         ["attack", "texts", "fits, and what they prove", "of the next texts, early", "differ"],
         [[attack, len(sent), outcomes, f"{(layers < deepest).mean():.0%}", f"{differ / len(answers):.2%}"]],
