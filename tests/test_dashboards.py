@@ -38,7 +38,7 @@ def test_committed_dashboards_are_those_that_the_code_generates() -> None:
 
 @needs_prometheus
 def test_alert_rules() -> None:
-    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", TESTS]):
+    for arguments in (["check", "config", "--lint-fatal", "prometheus.yml"], ["test", "rules", TESTS]):
         command = ["promtool", *arguments]
         done = subprocess.run(command, check=False, cwd=CONFIG, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
