@@ -115,7 +115,8 @@ def _open(
     options: Options,
     upstreams: Sequence[UpstreamModel],
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes; the parent ends them
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach all processes; the parent ends them
+        signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
     memory = None
     if weights is not None:  # a file descriptor of the parent

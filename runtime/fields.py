@@ -1,6 +1,7 @@
 """Checks of JSON bodies that the protocols share: fields and texts."""
 
 import gc
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from de3.exits.signals import MAX_LAM
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.options import MAX_BUDGET_MS
+
+INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of control and format characters, and of white space
 
 LARGE_BODY_BYTES = 16 * 1024  # a larger body may take milliseconds to parse
 MAX_BRACKETS = 2**17  # limit for a body, including its texts: each bracket may allocate a list or an object
@@ -98,6 +101,11 @@ def one_or_more(text_of: Callable[[Any, str], Text], value: Any) -> list[Text]:
     return [text_of(item, f"[{i}]") for i, item in enumerate(value)]
 
 
+def is_blank(text: str) -> bool:
+    """True if nothing of the text can be seen: its answer would mean nothing."""
+    return all(unicodedata.category(char) in INVISIBLE for char in text)
+
+
 def checked_text(value: Any, where: str, expected: str = "a text") -> str:
     """The value if it is a text that is not blank; otherwise raises ValueError.
 
@@ -106,8 +114,10 @@ def checked_text(value: Any, where: str, expected: str = "a text") -> str:
     if not isinstance(value, str):
         kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
         raise ValueError(f"{where}: must be {expected}; got {kinds.get(type(value), 'null')}")
-    if not value.strip():
-        raise ValueError(f"{where}: must not be {'only white space' if value else 'empty'}")
+    if is_blank(value):
+        raise ValueError(
+            f"{where}: must not be {'only white space or invisible characters' if value else 'empty'}"
+        )
     return value
 
 

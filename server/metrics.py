@@ -36,7 +36,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the se
 REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
 # The possible statuses of a request, with a model and without one.
 STATUSES = ("200", "422", "429", "499", "500", "502", "503", "504")
-WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
+WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503", "504")
 KEPT_MODELS = 8  # unloaded models whose metrics are kept
 
 

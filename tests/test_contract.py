@@ -118,6 +118,7 @@ def test_the_number_of_texts_is_limited(ask: Ask, case: Case) -> None:
     [
         (["a", ""], "must not be empty"),
         (["a", " \n"], "must not be only white space"),
+        (["a", "\u200b\ufeff "], "must not be only white space or invisible characters"),
         (["a", 1], "must be a text"),
         ([], ""),
         (1, ""),

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -307,3 +309,26 @@ def test_refusals(
     assert refusal(command) == "upstream.api_key_env: the environment variable LLM_KEY has no key"
     upstream.model(url2=1)
     assert "tickets.toml: upstream.url2: " in refusal(command)
+
+
+def test_a_run_that_is_terminated_says_what_is_kept_and_leaves_nothing(
+    store: Path, tmp_path: Path, upstream: Upstream, sure: Sure
+) -> None:
+    """By SIGTERM to all of its processes, as a service manager sends it."""
+    hold = threading.Event()
+    upstream.reply = lambda text: by_text(text) if upstream.calls <= 60 or hold.wait(60) else (500, "")
+    small = "from de3.bulk import source; source.SLICE_ROWS = 8; from de3.cli import main; main()"
+    command = upstream.command(store, TEXTS, sure.tau, "--part-rows", "16")
+    with subprocess.Popen(
+        [sys.executable, "-c", small, *command], stderr=subprocess.PIPE, text=True
+    ) as running:
+        until((tmp_path / "out.jsonl.parts" / "part-000000.jsonl").exists, "a part")
+        pids = process_tree(running.pid)
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        errors = running.communicate()[1]
+        hold.set()
+    assert running.returncode == 143
+    assert re.search(r"stopped; \d+ rows kept; the same command continues after the last of them", errors)
+    assert "leaked" not in errors and "Traceback" not in errors
+    until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), "the processes to end")

@@ -1,6 +1,7 @@
 """`de3 classify`: classify texts, or files of texts, in process or with a running server."""
 
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -253,18 +254,30 @@ def _check_refused(summary: Mapping[str, Any], limit: float | None) -> None:
 
 @contextmanager
 def _interruptible(parts: "Parts", is_kept: bool) -> Iterator[None]:
+    """Exit with 130, or 143 after SIGTERM, and say what is kept. is_kept: what is done outlives this run."""
     from de3.progress import plural
 
+    code = 130
+
+    def end(number: int, _: object) -> None:  # as Ctrl+C does
+        nonlocal code
+        code = 128 + number
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while the processes end
         if is_kept and parts.kept:
             _say(
                 f"stopped; {plural(parts.kept, 'row')} kept; the same command continues after the last of them"
             )
         else:
             _say("stopped; no rows are kept yet: the same command starts again")
-        raise typer.Exit(130) from None
+        raise typer.Exit(code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(line: str, style: str = "") -> None:

@@ -9,7 +9,7 @@ from de3.runtime.answer import ModelResult, row_of
 from de3.runtime.classification import Classification, ClassifyRequest, request_of
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, Text
-from de3.runtime.fields import check_count, check_fields, load_json
+from de3.runtime.fields import check_count, check_fields, is_blank, load_json
 from de3.server.http import hugging_face, sglang
 from de3.server.http.protocol import Call, Protocol
 
@@ -21,7 +21,7 @@ def parse(call: Call) -> Request:
     value = load_json(call.body)
     if isinstance(value, dict):
         text = value.get("input")
-        if len(value) == 1 and isinstance(text, str) and text.strip():  # most requests have no options
+        if len(value) == 1 and isinstance(text, str) and not is_blank(text):  # most requests have no options
             return Classification([Text(text)])
         if "input" not in value:
             if "inputs" in value:

@@ -16,7 +16,7 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Text
-from de3.runtime.fields import JsonObject, check_count, check_fields, load_json
+from de3.runtime.fields import JsonObject, check_count, check_fields, is_blank, load_json
 from de3.runtime.flags import Wanted
 from de3.runtime.options import OptionFields
 from de3.server.http.detectors import Detection
@@ -109,7 +109,7 @@ def parse(call: Call) -> GuardrailRequest:
     parameters = check_fields(GuardrailParameters, given, '{"threshold": 0.5}')
     return GuardrailRequest(
         # A message may be empty, or have images or tool calls only.
-        [Text(text) for text in fields.texts if text.strip()],
+        [Text(text) for text in fields.texts if not is_blank(text)],
         parameters.options,
         parameters.model,
         threshold=parameters.threshold,
@@ -139,7 +139,7 @@ def serialize(_: str, job: Job) -> bytes:
 
 def _redacted(texts: Sequence[str], job: Job) -> list[str]:
     outcomes = iter(job.outcomes())
-    return [redacted(text, next(outcomes).reading.spans) if text.strip() else text for text in texts]
+    return [redacted(text, next(outcomes).reading.spans) if not is_blank(text) else text for text in texts]
 
 
 GUARDRAIL = Protocol(parse, serialize, example=EXAMPLE)
