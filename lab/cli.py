@@ -312,6 +312,56 @@ def clock(
 
 
 @app.command()
+def path(
+    store: options.Store,
+    model: options.ModelName,
+    texts: options.Texts,
+    tau: Annotated[list[float] | None, typer.Option(help="A τ; repeat for more. Default: 1, 0.1, 0.")] = None,
+    text_column: options.TextColumn = "text",
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each server, in turn.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 3.0,
+    port: options.Port = 8100,
+) -> None:
+    """Measure CPU time per request beside a bare application with the same kernels, and beside an echo.
+
+    Needs wrk.
+
+    Example: python -m lab path --store models --model sst2 --texts dev.tsv --text-column sentence --tau 1
+    """
+    from lab import path as study
+
+    found = [one.text for one in read(texts, text_column)]
+    for line in study.table(
+        study.measure(store, model, found, tau or [1.0, 0.1, 0.0], rounds, seconds, port)
+    ):
+        print(line)
+
+
+@app.command()
+def calls(
+    store: options.Store,
+    model: options.ModelName,
+    texts: options.Texts,
+    tau: Annotated[float, typer.Option(help="τ of the requests.", min=0, max=1)] = 1.0,
+    text_column: options.TextColumn = "text",
+    most: Annotated[int, typer.Option(help="Functions to show for each thread.", min=0)] = 15,
+    port: options.Port = 8100,
+) -> None:
+    """Count the Python calls for a request of one text, by thread and function.
+
+    Example: python -m lab calls --store models --model sst2 --texts dev.tsv --text-column sentence
+    """
+    from lab import path as study
+
+    found = [one.text for one in read(texts, text_column)]
+    for thread, counts in study.calls(store, model, found, tau, port).items():
+        if (total := sum(counts.values())) >= 0.5:
+            print(f"{thread}: {total:.1f}")
+            for what, count in counts.most_common(most):
+                print(f"  {count:6.2f}  {what}")
+
+
+@app.command()
 def guards(
     store: options.Store,
     model: options.ModelName,
