@@ -37,6 +37,7 @@ from de3.model_store.architecture import Precision
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
 from de3.progress import console
+from de3.runtime.flags import guard_of
 
 MAX_HELD_BACK = 4000
 # Groups of texts that certify and are used for nothing else; if these would be fewer, all texts fit and certify.
@@ -116,6 +117,8 @@ def import_classifier(
     shutil.rmtree(work / BASE, ignore_errors=True)
     reference = base(stock, work / BASE, "fp32")  # checks all weights
     try:
+        # certified() uses the flag, in minutes.
+        guard_of(exporting.flag, reference.manifest.model_copy(update={"name": exporting.name}))
         _check_tolerance(stock, settings.tolerance, reference, held_out[:FEW_TEXTS])
     except ValueError:
         shutil.rmtree(work / BASE)

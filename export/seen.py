@@ -9,7 +9,7 @@ from de3.model_store.manifest import Manifest
 
 SEEN = "fitted"  # entry of the manifest's `export`
 KEPT = 512  # hashes
-FEW = 0.02  # share of the texts that may have been fitted without a warning
+FEW, MANY = 0.02, 0.1  # share of the texts that may have been fitted without a warning, and with one
 
 
 def hashes_of(texts: Sequence[TextOrPair]) -> list[str]:
@@ -18,8 +18,9 @@ def hashes_of(texts: Sequence[TextOrPair]) -> list[str]:
 
 
 def warnings_of(manifest: Manifest, texts: Sequence[TextOrPair]) -> list[str]:
-    """A warning if many of a calibration's texts were fitted, as exits agree with full depth there more than elsewhere.
+    """A warning if some of a calibration's texts were fitted, as exits agree with full depth there more than elsewhere.
 
+    Raises ValueError if many were, as the certificate would be false.
     The hashes that are kept say how many of the fitted texts are among these: their share, of all hashes up to the
     largest one that is kept.
     """
@@ -32,10 +33,13 @@ def warnings_of(manifest: Manifest, texts: Sequence[TextOrPair]) -> list[str]:
     share = len(comparable.intersection(kept)) / max(len(comparable), 1)
     if share <= FEW:
         return []
-    return [
+    said = (
         f"about {100 * share:.0f}% of the texts are among those that {manifest.full_name}'s exits were fitted to, "
         "where exits agree with full depth more often than elsewhere: calibrate on others"
-    ]
+    )
+    if share > MANY:
+        raise ValueError(said)
+    return [said]
 
 
 def _hashes(texts: Sequence[TextOrPair]) -> set[str]:

@@ -90,7 +90,11 @@ def guard_of(setting: str | None, manifest: Manifest) -> tuple[Wanted, Flag] | N
     """The flag in a setting without a model's name, by name and of a model; raises ValueError for an invalid one."""
     if setting is None:
         return None
-    wanted = parsed(setting)[1]
+    name, wanted = parsed(setting)
+    if name:
+        raise ValueError(
+            f"flag: {setting[:100]!r}: there is one model, so give the flag without {name!r} and ="
+        )
     try:
         return wanted, flag_of(wanted, manifest, manifest.kind)
     except RequestError as error:

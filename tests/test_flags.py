@@ -268,6 +268,8 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
         with serving(folder, models=["tiny-int8"], **options) as server:
             (listed,) = httpx.get(f"{server.url}/v1/models").json()["data"]
             assert listed["max_missed"] == limit
+            found = httpx.get(f"{server.url}/v1/models/tiny-int8/calibration").json()
+            assert found.get("missed") == (missed.model_dump() if limit else None)
         assert ("nothing limits how many flagged texts" in caplog.text) == (limit is None)
     with serving(tmp_path, models=["tiny-int8"], max_missed=0.1) as server:
         answer = server.classify(input=TEXTS).json()

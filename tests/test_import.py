@@ -177,7 +177,8 @@ def test_what_an_import_promises_and_serves(imported: Path, classifier: Path, tm
             assert calibration.original_disagreement is None and full.disagreement_bound == 0
     manifest = Store(imported / "store").open("mine").manifest
     texts: list[TextOrPair] = [*(imported / "texts.txt").read_text().splitlines()]
-    assert "100% of the texts" in warnings_of(manifest, texts)[0]
+    with pytest.raises(ValueError, match="100% of the texts"):
+        warnings_of(manifest, texts)
     assert manifest.calibration is not None
     full = next(row for row in manifest.calibration.table if row.tau == 0)
     with serving(imported / "store", models=["mine"]) as server:
@@ -271,6 +272,13 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning_with_advice(
         folders = f"--name m --store {tmp_path}/s --work {tmp_path}/w"
         assert message in refusal(f"import {model} {folders} --texts {more}")
     assert not (tmp_path / "s").exists() and not (tmp_path / "w").exists()  # nothing was computed
+    for flag, message in (
+        ("nosuch", "flag: 'nosuch' is not a label of m: bad, good"),
+        ("bad@80%", "flag: 'bad@80%': give NAME=LABEL,LABEL@PROBABILITY"),
+        ("m=bad", "flag: 'm=bad': there is one model, so give the flag without 'm'"),
+    ):
+        assert message in refusal(f"import {classifier} {folders} --texts {texts} --flag {flag}")
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
         if kept is None or kept[0] is not manifest:  # the same version may have been reloaded
             body = {"object": "calibration", "model": full_name, "confidence": CONFIDENCE}
             body |= manifest.calibration.model_dump(by_alias=True)
+            if manifest.missed is not None:
+                body["missed"] = manifest.missed.model_dump()
             calibrations.clear()
             kept = calibrations[full_name] = (manifest, orjson.dumps(body))
         return Response(kept[1], media_type="application/json")
