@@ -231,13 +231,14 @@ def test_special_tokens_in_a_text_are_characters(kind: str, text: str) -> None:
     before = KINDS[kind]
     tokenizer = Tokenizer.from_str(before.to_str())
     encode_as_characters(tokenizer)
-    special = {before.token_to_id(name) for name in ("[CLS]", "[SEP]", "<s>", "</s>")}
+    names = ("[CLS]", "[SEP]", "<s>", "</s>")
+    special = {before.token_to_id(name) for name in names}
     found = tokenizer.encode(text, add_special_tokens=False)
     assert not special.intersection(found.ids)
     assert all(0 <= start <= end <= len(text) for start, end in found.offsets)
     assert found.offsets == sorted(found.offsets)
     plain = before.encode(text, add_special_tokens=False)
-    if not special.intersection(plain.ids):
+    if not special.intersection(plain.ids) and not any(name in text for name in names):
         assert (found.ids, found.offsets) == (plain.ids, plain.offsets)
     assert tokenizer.encode("good", "film").ids == before.encode("good", "film").ids
 
