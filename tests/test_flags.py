@@ -24,6 +24,7 @@ from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.signals import Entropy
 from de3.exits.spans import SpanRule, Unsure
 from de3.export import recalibrate
+from de3.export.calibrate import _within_missed
 from de3.export.guard_report import flag_table
 from de3.model_store.manifest import Missed
 from de3.model_store.store import Store, StoreError
@@ -241,6 +242,53 @@ def test_the_bound_is_that_of_the_flagged_texts_alone() -> None:
     found = calibration.missed_bounds(samples, Flag((0,), (0.5,)), scores, taus)
     assert found == (300, pytest.approx(expected))
     assert calibration.missed_bounds(samples, Flag((0,), (0.99,)), scores, taus) == (0, [0.0, 1.0, 1.0])
+
+
+def test_the_bound_of_missed_texts_does_not_fall_where_later_exits_find_them() -> None:
+    """At τ = 0.2, 60 flagged texts leave at layer 1 as safe; at 0.5, their first exit flags them."""
+    logits = np.tile(np.array([[2, 0], [-9, 0], [9, 0]], np.float32), (100, 1, 1))
+    samples = Samples(
+        Recorded([0, 1, 2], logits, np.full_like(logits, np.nan), np.zeros(100, np.int64)),
+        np.arange(100) // 2,
+    )
+    scores = np.tile([0.3, 0.1, 1.0], (100, 1))
+    scores[60:] = 1.0
+    count, bounds = calibration.missed_bounds(samples, Flag((0,), (0.5,)), scores, [0.0, 0.2, 0.5])
+    assert count == 50 and bounds[2] == bounds[1] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("tau", "limit"), [(0.0, 0.0), (0.1, 0.02), (0.3, 0.05), (0.5, 0.05), (0.7, None), (0.95, None)]
+)
+def test_what_a_default_tau_is_certified_for(store: Path, tau: float, limit: float | None) -> None:
+    """Of the next higher τ in the table."""
+    manifest = Store(store).open("tiny-int8").manifest
+    missed = {"labels": ["negative"], "threshold": None, "is_below": False, "flagged": 200}
+    missed |= {"taus": [0, 0.1, 0.5, 0.9], "bounds": [0, 0.01, 0.04, 0.3]}
+    defaults = manifest.defaults.model_copy(update={"tau": tau})
+    fields: dict[str, Any] = {"missed": Missed.model_validate(missed), "defaults": defaults}
+    rules = Rules(manifest.model_copy(update=fields), Settings())
+    assert rules.max_missed == limit
+    # Load raises τ only if it keeps no limit.
+    for certified in (0.01, 0.2):
+        bounds = fields["missed"].model_copy(update={"bounds": [0, *[certified] * 3]})
+        low = manifest.defaults.model_copy(update={"tau": 0.1})
+        rules = Rules(manifest.model_copy(update={"missed": bounds, "defaults": low}), Settings())
+        assert bool(rules.steps) == (rules.max_missed is None) == (certified > 0.05)
+
+
+def test_a_default_tau_is_not_raised_to_the_limit_on_missed_texts() -> None:
+    missed = {"labels": ["a"], "threshold": None, "is_below": False, "flagged": 200}
+    rows: Any = [SimpleNamespace(tau=tau) for tau in (0.0, 0.1, 0.5, 0.9)]
+    for bounds, default, expected in (
+        ([0, 0.01, 0.02, 0.3], 0.1, 0.1),
+        ([0, 0.01, 0.02, 0.3], 0.9, 0.5),
+        ([0, 0.03, 0.05, 0.3], 0.9, 0.5),
+        ([0, 0.06, 0.07, 0.3], 0.9, 0.0),
+    ):
+        found = Missed.model_validate(missed | {"taus": [0, 0.1, 0.5, 0.9], "bounds": bounds})
+        row = _within_missed(rows, next(one for one in rows if one.tau == default), found)
+        assert row.tau == expected
 
 
 @pytest.mark.usefixtures("few_taus")

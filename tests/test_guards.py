@@ -169,6 +169,24 @@ def test_labels_that_are_not_safe_count_together_and_unread_windows_are_an_error
     assert windows.decisive == 1
 
 
+def test_a_requests_own_threshold_and_safe_labels() -> None:
+    manifest: Any = SimpleNamespace(
+        labels=["SAFE", "A", "B"], thresholds=None, tolerance=None, is_spans=False, full_name="m:1"
+    )
+    for threshold, expected in ((0.3, 0.3), (None, 0.8)):
+        request = ContentsRequest([Text("a")], threshold=threshold)
+        planned = request.for_model(manifest, Wanted(["A", "B"], 0.8))
+        assert (planned.safe, planned.threshold) == ({"SAFE"}, expected)
+    # Without a safe label, all labels together are certain; that detects nothing.
+    one: Any = SimpleNamespace(
+        reading=ClassReading(1, [0.0] * 3, [0.4, 0.3, 0.3], 0, *NO_SIGNALS), check_all_ran=lambda: None
+    )
+    assert ContentsRequest([Text("a")], safe=frozenset()).found(one, manifest.labels) == []
+    assert ContentsRequest([Text("a")], safe=frozenset(["SAFE"])).found(one, manifest.labels) == [
+        ("A", pytest.approx(0.6))
+    ]
+
+
 def test_litellms_guardrail_blocks(server: Server) -> None:
     def guarded(texts: Any, **params: Any) -> Any:
         more = {"input_type": "request", "request_data": {}, "images": ["aGk="], "litellm_version": "9"}

@@ -183,6 +183,17 @@ def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: i
         assert len(found[n]) <= limit and found[n].truncated == found.truncated
 
 
+def test_a_text_that_is_cut_by_its_characters_is_truncated_although_its_tokens_fit() -> None:
+    tokenizer = TextTokenizer(MADE["wordpiece"], 64)  # 6,400 characters of two windows of 62 tokens
+    for words, is_cut in ((79, False), (80, True)):
+        text = ("k" * 80 + " ") * words
+        found = tokenizer.start(text.strip().ljust(81 * words - 1), None, True, 2).all()
+        assert isinstance(found, Windows) and len(found) == 2
+        assert found.truncated == is_cut, words
+    for chars, is_cut in ((6400, False), (6401, True)):
+        assert tokenizer.start("a " * 5 + "k" * (chars - 10), None, True, 2).all().truncated == is_cut
+
+
 def test_the_shorter_text_of_a_pair_is_whole_in_every_window() -> None:
     tokenizer = TextTokenizer(MADE["wordpiece"], 64)
     room = 64 - tokenizer.frames[True].size
