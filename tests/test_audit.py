@@ -670,6 +670,20 @@ def test_a_text_that_was_counted_is_no_evidence_about_flagged_texts_either() -> 
         assert tenant.index == index
 
 
+def test_tau_rises_after_audits_of_earlier_batches_and_what_was_sent_counts_for_all_texts_alone() -> None:
+    taus, flag = np.array([0.0, 0.1, 0.2]), Flag((0,), (0.5,))
+    criteria = [Bounded(each, taus, 0.05) for each in criteria_of(CLASSES, Limits(0.1, None, flag))]
+    tenant, one = Tenant(taus, criteria, 0), Settled("", 0, 1.0)
+    for key in range(400):
+        one.add(key, Audited([0.05, None], [[False, False], [False, False]]), key == 0)
+    tenant.count(one, [1, 2], 1000)
+    assert tenant.index == 0  # the request goes on
+    tenant.count(Settled("", 0, 1.0, skipped=1, may_rise=True), [1, 2], 1000)
+    assert tenant.index == 2
+    served = [sum(tally.served for tally in each.evidence.tallies.values()) for each in criteria]
+    assert served == [1, 0]
+
+
 def test_a_text_in_windows_is_no_evidence_if_one_of_them_is_near_to_a_fitted_text() -> None:
     class Texts(list[int]):
         whole = 0

@@ -1,5 +1,6 @@
 """The trade-off table and the choice of the default, compared with plain loops and known values."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from de3.data.examples import Example
 from de3.exits import calibration, risk
-from de3.exits.bound import CONFIDENCE, CROSSED
+from de3.exits.bound import CONFIDENCE, CROSSED, upper_bound
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Edr, Entropy, Signal, signal_of
@@ -160,6 +161,23 @@ def test_fragments_neither_choose_nor_certify() -> None:
     rows = [[row for row in c.table if row.signal != "risk"] for c in (one, other)]
     assert rows[0] == rows[1] and rows[0]
     assert found[0].risk != found[1].risk
+
+
+def test_correlated_samples_count_for_less() -> None:
+    pairs = np.repeat(np.arange(2), 2)
+    values = np.array([1.0, 1, 0, 0])
+    assert calibration.mean_and_error(values, pairs) == (0.5, pytest.approx(0.5))  # as two independent values
+    for hits in (np.ones(6, np.bool_), np.zeros(6, np.bool_)):  # their correlation is not known
+        assert calibration.effective_size(hits, np.repeat(np.arange(2), 3)) == 2
+    # 5 of 40 texts differ, in groups of four that are correlated: fractions of an error count as whole ones.
+    hits, groups = np.arange(40) < 5, np.repeat(np.arange(10), 4)
+    n = round(calibration.effective_size(hits, groups))
+    assert 10 <= n < 40 and 0.05 < hits.mean() * n % 1 < 0.5
+    logits = np.zeros((40, 2, 2), np.float32)
+    logits[:, 1, 0], logits[:, 0, 0] = 9, np.where(hits, -9, 9)
+    samples = Samples(Recorded([0, 1], logits, np.full_like(logits, np.nan), np.zeros(40, np.int64)), groups)
+    (row,) = calibration.trade_off(samples, Entropy(), [0.5])
+    assert row.disagreement_bound == upper_bound(math.ceil(hits.mean() * n), n)
 
 
 @pytest.mark.usefixtures("few_taus")

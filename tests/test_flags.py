@@ -1,5 +1,6 @@
 """Flags: one-sided exits, and the guarantee about flagged texts that are missed."""
 
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from de3.exits.criteria import Limits, criteria_of
 from de3.exits.flags import Flag
 from de3.exits.guarantee import profiles
 from de3.exits.kinds import CLASSES, Labels, Spans, TextKind, Value
-from de3.exits.reading import SpansReading
+from de3.exits.reading import SpansReading, ValueReading
 from de3.exits.recorded import Recorded, RecordedSpans
 from de3.exits.signals import Entropy
 from de3.exits.spans import SpanRule, Unsure
@@ -29,7 +30,7 @@ from de3.export.guard_report import flag_table
 from de3.model_store.manifest import Missed
 from de3.model_store.store import Store, StoreError
 from de3.runtime.errors import RequestError
-from de3.runtime.flags import Wanted, certified_flag, parsed
+from de3.runtime.flags import Wanted, certified_flag, flag_of, parsed
 from de3.runtime.rules import Rules
 from de3.server.models import default_of
 from de3.server.settings import Settings
@@ -96,6 +97,19 @@ def test_what_is_bounded_for_a_kind_of_answers() -> None:
         assert [(one.name, one.limit) for one in criteria_of(kind, limits)] == expected
 
 
+def test_what_is_not_a_number_is_flagged() -> None:
+    for is_below in (False, True):
+        flag = Flag((0,), (0.5,), is_below)
+        assert flag.is_raised(ValueReading(0, math.nan))
+        assert flag.raised(Value(0.1), np.full((2, 1), np.nan, np.float32)).all()
+
+
+def test_labels_of_a_flag_count_once_in_the_models_order() -> None:
+    manifest: Any = SimpleNamespace(labels=["A", "B", "C"], name="m")
+    flag = flag_of(Wanted(["C", "B", "C"], 0.4), manifest, CLASSES)
+    assert flag == Flag((1, 2), (0.4,))
+
+
 def test_a_certificate_keeps_the_direction_of_its_flag() -> None:
     for is_below in (False, True):
         missed = SimpleNamespace(labels=[], threshold=0.3, is_below=is_below)
@@ -127,6 +141,7 @@ def test_a_text_that_would_exit_with_a_flagged_answer_runs_to_the_last_layer(
         ("stars=>=4.5", ("stars", Wanted((), 4.5))),
         ("<=-1", ("", Wanted((), -1, True))),
         ("pii=*", ("pii", Wanted(["*"]))),
+        ("A@1", ("", Wanted(["A"], 1.0))),
     ],
 )
 def test_a_setting_names_a_flag(setting: str, expected: tuple[str, Wanted]) -> None:
@@ -390,6 +405,9 @@ def test_recall_and_false_alarms_by_threshold(store: Path, tmp_path: Path) -> No
     assert at_flag[-4:] == ("4.0% of 50", "0.0%", "4.0%", "4.0%") and len(at_flag) == 8
     assert ("0.05", "", "100.0%", "50.0%", "2.1% of 95") in rows
     assert ("0.5", "the flag", "55.6%", "0.0%", "4.0% of 50") in rows
+    for row in rows:
+        if row[1].startswith("recall"):
+            assert float(row[2][:-1]) >= float(row[1].split()[1][:-1])
     assert ("0.199", "recall 90%", "90.0%", "0.0%", "2.5% of 81") in rows
     file = write_rows(tmp_path / "rows.jsonl", [(text, NAMES[int(of)]) for text, of in make_rows(60, 80)])
     said = de3(f"evaluate tiny-int8 {file} --store {store} --png {tmp_path}/plot.png --flag negative@0.6")

@@ -23,7 +23,7 @@ from de3.model_store.encoder import Encoders
 from de3.model_store.manifest import base_of
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
-from de3.model_store.special_tokens import encode_as_characters
+from de3.model_store.special_tokens import encode_as_characters, special_names
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE, Pair, TextTokenizer
 from de3.runtime.loading import load
@@ -241,6 +241,17 @@ def test_special_tokens_in_a_text_are_characters(kind: str, text: str) -> None:
     if not special.intersection(plain.ids) and not any(name in text for name in names):
         assert (found.ids, found.offsets) == (plain.ids, plain.offsets)
     assert tokenizer.encode("good", "film").ids == before.encode("good", "film").ids
+
+
+def test_a_special_token_between_the_texts_of_a_pair_is_none_in_a_text() -> None:
+    tokenizer = words_alone()
+    tokenizer.add_tokens(["bad"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A bad $B", special_tokens=[("bad", tokenizer.token_to_id("bad"))]
+    )
+    assert special_names(tokenizer) == {"bad"}
+    encode_as_characters(tokenizer)
+    assert tokenizer.token_to_id("bad") not in tokenizer.encode("good bad film").ids
 
 
 def test_words_that_were_added_to_the_vocabulary_stay_words() -> None:
