@@ -813,7 +813,9 @@ class Answering:
         self.settled += settled
         self.counted.append((sum(one.texts for one in settled), settled[-1].may_rise))
 
-    def _job(self, texts: int, tau: float, exits: int, tenant: str, tokens: Tokens) -> Any:
+    def _job(
+        self, texts: int, tau: float, exits: int, tenant: str, tokens: Tokens, is_private: bool = False
+    ) -> Any:
         passed, items = PASSED[:exits], []
         for _ in range(texts):
             outcome = SimpleNamespace(windows=(), reason="", passed=passed, reading=passed[-1], tokens=1)
@@ -822,7 +824,7 @@ class Answering:
             self.texts.add(item.text)
             items.append(item)
         choice = SimpleNamespace(rule=ExitRule(tau, Entropy()))
-        request, sender = SimpleNamespace(is_private=False), Sender(tenant=tenant)
+        request, sender = SimpleNamespace(is_private=is_private), Sender(tenant=tenant)
         return SimpleNamespace(
             client="one", items=items, choice=choice, request=request, options=NO_OPTIONS, sender=sender
         )
@@ -836,12 +838,14 @@ class Answering:
         fails: bool = False,
         tenant: str = "",
         tokens: Tokens = TOKENS,
+        is_private: bool = False,
     ) -> None:
         """Answer a request; a text is drawn with a share of more than 1 - is_drawn.
 
-        exits: number of exits passed. epoch: begins before the answer. fails: there is no answer.
+        exits: number of exits passed. epoch: begins before the answer. fails: there is no answer. is_private: of texts
+        to be redacted.
         """
-        draws, job = iter(is_drawn), self._job(len(is_drawn), tau, exits, tenant, tokens)
+        draws, job = iter(is_drawn), self._job(len(is_drawn), tau, exits, tenant, tokens, is_private)
         self.auditor._random = SimpleNamespace(random=lambda: 1.0 - next(draws))  # type: ignore[assignment]
 
         async def run() -> None:
@@ -1032,6 +1036,14 @@ def test_pending_audits_are_limited_for_each_tenant(answering: Answerings) -> No
     for number in range(1000):
         one.answer(True, tenant=str(number))
     assert one.share("new") == 1.0
+
+
+def test_texts_to_be_redacted_are_evidence_but_leave_no_records(answering: Answerings) -> None:
+    one = answering(learns=True)
+    one.answer(True, True, exits=4, is_private=True)
+    assert sum(texts for texts, _ in one.counted) == 2 and not one.kept
+    one.answer(True, exits=4)
+    assert len(one.kept) == 1
 
 
 def test_records_have_only_finite_values(answering: Answerings) -> None:

@@ -4,17 +4,20 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from de3.exits.kinds import CLASSES, Kind, Labels, Value
+from de3.exits.kinds import CLASSES, Kind, Labels, Spans, Value
 from de3.exits.reading import ClassReading, ValueReading, read
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
+from de3.exits.spans import SpanRule
 from de3.exits.windows import (
     EXPECTED_CHANGE,
     MAX_WINDOWS,
@@ -361,3 +364,22 @@ def test_the_time_of_windows_is_predicted(server: Server) -> None:
     longest = timing.predict(10**6, MAX_WINDOWS)
     assert longest == timing.predict(10**7, MAX_WINDOWS) > timing.predict(10**6)
     assert timing.predict_first_exit(10**6, MAX_WINDOWS) > timing.predict_first_exit(10**6)
+
+
+def test_which_texts_in_windows_run_to_full_depth() -> None:
+    """Those whose early exits nothing audits or certifies."""
+    spans = Spans(SpanRule(("O", "X")))
+    for kind, guarantee, one_window, is_deep in (
+        (CLASSES, None, False, False),
+        (CLASSES, 0.02, False, False),
+        (CLASSES, None, True, True),  # under max_missed
+        (spans, None, False, False),
+        (spans, 0.02, False, True),
+    ):
+        fields = {"one_window": one_window, "guarantee": guarantee, "certificate": None}
+        one = SimpleNamespace(is_deep=False, job=SimpleNamespace(choice=SimpleNamespace(**fields)))
+        one.job.choice.rule = SimpleNamespace(kind=kind)
+        text: Any = SimpleNamespace(progress=SimpleNamespace(), team=[one], start=lambda _: None)
+        with mock.patch("de3.runtime.engine.job.WindowProgress"):
+            Item.start_windows(text, [None])  # type: ignore[arg-type]
+        assert one.is_deep == is_deep
