@@ -189,6 +189,8 @@ def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
     with store.new_version(artifact.manifest.name) as draft:
         draft.write({name: artifact.read(name) for name in artifact.manifest.files})
         earlier = artifact.manifest.missed
+        if earlier is not None and earlier.flagged and calibrated.missed is None:
+            warn(["without --flag, the new version has no certificate of missed texts"])
         fields: dict[str, Any] = {"version": draft.next_version(), "created": int(time.time())}
         fields |= {"missed": None if earlier is None else earlier.uncertified, **calibrated.fields()}
         return draft.publish(Manifest.model_validate({**artifact.manifest.model_dump(), **fields}))

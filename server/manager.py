@@ -276,6 +276,12 @@ class Manager:
                 "or, once it is calibrated with the flag, --max-missed",
                 model.full_name,
             )
+        elif self._settings.max_missed is not None and served.rules.default.rule.tau == 0:
+            log.warning(
+                "%s: no early exit is certified to keep max_missed %g, so all texts run all layers; calibrate it with "
+                "more flagged texts",
+                *(model.full_name, self._settings.max_missed),
+            )
         return {"model": model.full_name, "role": change.role, "runtime": model.runtime}
 
     async def pin(self, change: Change) -> dict[str, str]:

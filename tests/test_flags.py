@@ -364,7 +364,10 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
     # Without --flag, the flag stays, but no certificate; another classifier on the same encoder is no guard.
     rows = write_rows(tmp_path / "texts.jsonl", make_rows(300, 72))
     said = de3(f"calibrate tiny-int8 --texts {rows} --store {tmp_path}")
-    assert "--guarantee-missed 0.02" in said
+    assert "--guarantee-missed 0.02" in said and "has no certificate of missed texts" in said
+    with serving(tmp_path, models=["tiny-int8"], max_missed=0.1) as server:
+        assert {row["exit"]["layer"] for row in rows_of(server, input=TEXTS)} == {3}
+    assert "no early exit is certified to keep max_missed 0.1, so all texts run all layers" in caplog.text
     assert Store(tmp_path).open("tiny-int8").manifest.missed == missed.uncertified
     de3(f"fit {rows} --encoder tiny-int8 --name other --store {tmp_path}")
     other = Store(tmp_path).open("other").manifest
