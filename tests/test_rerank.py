@@ -68,7 +68,7 @@ def test_text_embeddings_inference(
     cut = post(server, "/rerank", query=QUERY, texts=["good " * 300], truncate=True)
     assert cut.status_code == 200 and len(cut.json()) == 1
     blank = post(server, "/rerank", query=QUERY, texts=["a", " "])
-    assert blank.json()["error"] == "texts[1]: must not be only white space"
+    assert blank.json()["error"] == "texts[1]: must not be only white space or invisible characters"
 
 
 def test_the_setting_for_long_texts_is_above_the_format(server: Server) -> None:
