@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
+MOST = 1000
 _PROBES = ("{}", "a {} b", "a{}b")
 
 
@@ -25,7 +26,7 @@ def encode_as_characters(tokenizer: Tokenizer) -> None:
     """Have special tokens that texts contain encoded as their characters; the offsets do not change.
 
     Not written by to_str() as a whole. A special token of a single character that is also a piece of the tokenizer's
-    model remains a token.
+    model remains a token. Raises ValueError for a model with more than MOST special tokens among its pieces.
     """
     names = special_names(tokenizer)
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
@@ -34,8 +35,13 @@ def encode_as_characters(tokenizer: Tokenizer) -> None:
     tokenizer.encode_special_tokens = True
     # The model itself can have the token as a piece: with Unigram, "<s>" is the likeliest piece of these characters. It
     # never sees the whole name if that is split after its first character.
-    if found := sorted(name for name in _found(tokenizer, names) if len(name) > 1):
-        pattern = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in found)
+    rests: dict[str, list[str]] = {}
+    for name in sorted(name for name in _found(tokenizer, names) if len(name) > 1):
+        rests.setdefault(re.escape(name[0]), []).append(re.escape(name[1:]))
+    if sum(map(len, rests.values())) > MOST:  # each is tried at its first character
+        raise ValueError(f"more than {MOST} special tokens are pieces of its model")
+    if rests:
+        pattern = "|".join(f"{first}(?={'|'.join(rest)})" for first, rest in rests.items())
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         before = [] if tokenizer.pre_tokenizer is None else [tokenizer.pre_tokenizer]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, split])

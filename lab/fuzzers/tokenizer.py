@@ -152,7 +152,9 @@ def _tokenizers(draw: st.DrawFn) -> bytes:
 def check(data: bytes) -> tuple[dict[str, float], str]:
     """Open a tokenizer as a server does, and tokenize texts of all kinds."""
     artifact: Any = SimpleNamespace(
-        path=Path("artifact"), read=lambda _: data, manifest=SimpleNamespace(max_tokens=MAX_TOKENS)
+        path=Path("artifact"),
+        read=lambda _: data,
+        manifest=SimpleNamespace(max_tokens=MAX_TOKENS, special_tokens=False),
     )
     try:
         with _within("opening"):
