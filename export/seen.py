@@ -20,15 +20,14 @@ def hashes_of(texts: Sequence[TextOrPair]) -> list[str]:
 def warnings_of(manifest: Manifest, texts: Sequence[TextOrPair]) -> list[str]:
     """A warning if some of a calibration's texts were fitted, as exits agree with full depth there more than elsewhere.
 
-    Raises ValueError if many were, as the certificate would be false.
-    The hashes that are kept say how many of the fitted texts are among these: their share, of all hashes up to the
-    largest one that is kept.
+    How many were is estimated from the texts whose hashes are not above the largest one that is kept. No warning for a
+    model without such hashes. Raises ValueError if many were, as the certificate would be false.
     """
     kept: Any = manifest.export.get(SEEN)
     if not isinstance(kept, list) or not kept or not all(isinstance(one, str) for one in kept):
         return []
     found = _hashes(texts)
-    # Among hashes of this size, all that were fitted are kept.
+    # Of hashes up to the largest one that is kept, all that were fitted are known.
     comparable = {one for one in found if len(kept) < KEPT or one <= max(kept)}
     share = len(comparable.intersection(kept)) / max(len(comparable), 1)
     if share <= FEW:

@@ -292,7 +292,8 @@ def request_of(fields: ClassifyRequest) -> Classification:
         fields.options,
         fields.model,
         fields.long
-        or ("truncate" if fields.truncate else long_of(fields.truncate_prompt_tokens or fields.truncate)),
+        or ("truncate" if fields.truncate else long_of(fields.truncate))
+        or long_of(fields.truncate_prompt_tokens),
         fields.explain,
         fields.ood,
         flag=None if fields.flag is None else Wanted([fields.flag], fields.flag_threshold),

@@ -333,7 +333,12 @@ def test_long_and_truncate_must_not_contradict(server: Server) -> None:
     for truncate, what in ((False, "truncate"), (False, "windows"), (True, "error")):
         refused = server.classify(input="good", truncate=truncate, long=what)
         assert refused.status_code == 422 and refused.json()["error"]["param"] == "long"
-    for options in ({"truncate": False}, {"long": "error"}, {"long": "error", "truncate": False}):
+    for options in (
+        {"truncate": False},
+        {"truncate": False, "truncate_prompt_tokens": -1},
+        {"long": "error"},
+        {"long": "error", "truncate": False},
+    ):
         refused = server.classify(input=long, **options)
         assert refused.status_code == 422 and "102 tokens" in refused.text
     before = server.metric("de3_truncated_texts_total")

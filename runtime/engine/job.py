@@ -477,7 +477,8 @@ def _long(request: Request, served: Sequence[Served]) -> Long:
     elif request.long is not None:
         return request.long
     found = {
-        one.rules.long or ("windows" if one in guards or one.model.manifest.is_spans else request.usual_long)
+        one.rules.long
+        or ("windows" if one.rules.flag is not None or one.model.manifest.is_spans else request.usual_long)
         for one in served
     }
     if len(found) == 1:
