@@ -33,6 +33,12 @@ class Wanted(NamedTuple):
     threshold: float | None = None
     is_below: bool = False
 
+    def __str__(self) -> str:
+        """As in a setting."""
+        if not self.labels:
+            return f"{'<' if self.is_below else '>'}={self.threshold:g}"
+        return ",".join(self.labels) + ("" if self.threshold is None else f"@{self.threshold:g}")
+
 
 def parsed(setting: str) -> tuple[str, Wanted]:
     """The model's name, empty for all models, and the flag of a setting; raises ValueError for another text."""
@@ -49,8 +55,8 @@ def parsed(setting: str) -> tuple[str, Wanted]:
         return found["name"] or "", Wanted(found["labels"].split(","), least)
     except (AssertionError, ValueError):
         raise ValueError(
-            f"flag: {setting[:100]!r}: give NAME=LABEL,LABEL@PROBABILITY, with or without @PROBABILITY; NAME=>=NUMBER "
-            "or NAME=<=NUMBER for a regression model; or NAME=* for a token classifier"
+            f"flag: {setting[:100]!r}: give NAME=LABEL,LABEL@PROBABILITY, with or without @PROBABILITY (above 0, at "
+            "most 1); NAME=>=NUMBER or NAME=<=NUMBER for a regression model; or NAME=* for a token classifier"
         ) from None
 
 
@@ -73,7 +79,8 @@ def flag_of(wanted: Wanted, manifest: Manifest, kind: Kind) -> Flag:
         case Classes() | Labels():
             known = {name: k for k, name in enumerate(manifest.labels)}
             if unknown := [name for name in names if name not in known]:
-                shown = ", ".join(manifest.labels[:MAX_NAMED])
+                more = ["…"] * (len(manifest.labels) > MAX_NAMED)
+                shown = ", ".join([*manifest.labels[:MAX_NAMED], *more])
                 raise refusal(f"{unknown[0][:100]!r} is not a label of {manifest.name}: {shown}")
             if not names:
                 raise refusal(f"{manifest.name} has labels; name those that are flagged")

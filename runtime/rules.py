@@ -314,7 +314,9 @@ class Rules:
             return choice
         found = flag_of(flag, self._manifest, choice.rule.kind)
         if options.max_missed is not None and found != self.limits.flag:
-            raise RequestError("flag: max_missed is certified for the model's own flag only", "flag")
+            raise RequestError(
+                f"flag: max_missed is certified for the model's own flag only: {self.flag}", "flag"
+            )
         is_promised = self.limits.are_set or self.max_missed is not None
         if is_promised and self.limits.flag not in (None, found) and choice.set_by not in EXPLICIT:
             choice = _in_full(choice)

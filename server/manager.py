@@ -270,6 +270,13 @@ class Manager:
         log.info(
             "%s is %s (%s), after %.1f s", model.full_name, change.role, model.full_runtime, plan.seconds
         )
+        if served.rules.flag is not None:
+            log.info(
+                "%s: its flag is %s, max_missed %s",
+                model.full_name,
+                served.rules.flag,
+                served.rules.max_missed,
+            )
         if served.rules.flag is not None and served.rules.max_missed is None:
             log.warning(
                 "%s has a flag, but nothing limits how many flagged texts its early exits miss: set --guarantee-missed "

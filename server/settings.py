@@ -65,7 +65,7 @@ class Settings(RuntimeSettings):
         bool,
         Option(
             "--learn",
-            help="Fit exits to live traffic, without labels. Needs --guarantee and the fit extra.",
+            help="Fit exits to live traffic, without labels. Needs a guarantee and the fit extra.",
         ),
     ] = False
     api_keys_file: Annotated[

@@ -31,6 +31,7 @@ from de3.model_store.manifest import Missed
 from de3.model_store.store import Store, StoreError
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted, certified_flag, flag_of, parsed
+from de3.runtime.options import ExitOptions
 from de3.runtime.rules import Rules
 from de3.server.models import default_of
 from de3.server.settings import Settings
@@ -146,6 +147,7 @@ def test_a_text_that_would_exit_with_a_flagged_answer_runs_to_the_last_layer(
 )
 def test_a_setting_names_a_flag(setting: str, expected: tuple[str, Wanted]) -> None:
     assert parsed(setting) == expected
+    assert parsed(str(expected[1])) == ("", expected[1])
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,16 @@ def test_what_a_default_tau_is_certified_for(store: Path, tau: float, limit: flo
     fields: dict[str, Any] = {"missed": Missed.model_validate(missed), "defaults": defaults}
     rules = Rules(manifest.model_copy(update=fields), Settings())
     assert rules.max_missed == limit
+    for observed, missed_at_most in ((False, 0.03), (True, 0.0)):
+        guaranteed = Settings(flags=["negative"], guarantee_missed=0.03, observe=observed)
+        assert Rules(manifest.model_copy(update=fields), guaranteed).max_missed == missed_at_most
+    # It holds although full depth's answers are compared with another model's.
+    assert manifest.calibration is not None
+    other = manifest.calibration.model_copy(update={"original_disagreement": 0.01})
+    rules = Rules(manifest.model_copy(update=fields | {"calibration": other}), Settings())
+    options = ExitOptions(max_missed=0.05)
+    chosen = rules.with_flag(rules.choose(options), options, parsed("negative")[1])
+    assert chosen.certificate is not None and chosen.rule.tau == 0.5
     # Load raises τ only if it keeps no limit.
     for certified in (0.01, 0.2):
         bounds = fields["missed"].model_copy(update={"bounds": [0, *[certified] * 3]})

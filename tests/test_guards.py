@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from de3.exits.flags import Flag
 from de3.exits.kinds import CLASSES, Labels, Value
 from de3.exits.reading import ClassReading, ValueReading
-from de3.exits.windows import Span, combination
+from de3.exits.windows import Span, combination, exits_of
 from de3.model_store.store import Store
 from de3.runtime.classification import Classification
 from de3.runtime.engine.job import planned
@@ -200,6 +200,7 @@ def test_litellms_guardrail_blocks(server: Server) -> None:
         assert guarded(texts) == {"action": "BLOCKED", "blocked_reason": reason}
     for nothing in (None, [], ["", " \n"], [GOOD]):
         assert guarded(nothing) == {"action": "NONE"}
+    assert guarded(["\u200b"], threshold=1e-9) == {"action": "NONE"}
     for threshold, action in ((score - 1e-6, "BLOCKED"), (score + 1e-6, "NONE")):  # scores are rounded
         assert guarded([BAD], threshold=threshold)["action"] == action
     assert guarded([BAD], label="negative") == {"action": "NONE"}
@@ -317,6 +318,15 @@ def test_a_value_is_flagged_in_any_window(found: list[float], at: float, is_belo
         combined.add(one)
     assert flag.is_raised(combined.reading(readings[-1])) == any(flag.is_raised(one) for one in readings)
     assert combined.decisive == found.index(min(found) if is_below else max(found))
+
+
+def test_windows_after_a_flagged_one_are_not_in_the_mean_cost() -> None:
+    flag = Flag((0,), (0.5,))
+    windows = [[ValueReading(3, value)] * 2 for value in (0.1, 0.9, 0.9)]
+    found = exits_of(
+        Value(0.1), [Span(i, i + 1, 1) for i in range(3)], flag, windows, [[None, None]] * 3, [1, 4]
+    )
+    assert (found.scores, found.costs) == ([None], [4])
 
 
 @given(st.lists(SHARES, min_size=1, max_size=16), SHARES, st.booleans())

@@ -194,7 +194,8 @@ class Learner:
     @property
     def is_due(self) -> bool:
         """True if a fit should start."""
-        return self.phase == "recording" and self.is_restored and (self.is_asked or self.count >= self.due_at)
+        least = MIN_RECORDS if self.is_asked else self.due_at
+        return self.phase == "recording" and self.is_restored and self.count >= least
 
     @property
     def is_test_due(self) -> bool:

@@ -169,7 +169,7 @@ class Learners:
                 await self._save_aside(learner)
         if not self.starts_fits or (self._fitting is not None and not self._fitting.done()):
             return
-        due = next((one for one in self.all if one.is_due and one.count >= MIN_RECORDS), None)
+        due = next((one for one in self.all if one.is_due), None)
         tested = next((one for one in self.all if one.is_test_due), None)
         # A test comes first, because a fit replaces the waiting version.
         if tested is not None and tested.waiting is not None:
