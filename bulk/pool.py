@@ -20,7 +20,7 @@ from de3.model_store.manifest import encoder_hashes
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.native.network import Memory, can_share_memory
-from de3.runtime.engine.job import check_encoders
+from de3.runtime.engine.plan import check_encoders
 from de3.runtime.errors import RequestError
 from de3.runtime.loading import by_depth
 from de3.runtime.processes import most_processes

@@ -34,7 +34,8 @@ from de3.native.network import Memory
 from de3.runtime.answer import ClassifiedText, row_of
 from de3.runtime.classification import Classification, ClassifyRequest, request_of, text_of
 from de3.runtime.engine.engine import Engine
-from de3.runtime.engine.job import Job, check_texts, jobs_of
+from de3.runtime.engine.job import Job, job_of
+from de3.runtime.engine.plan import check_texts
 from de3.runtime.engine.request import Text
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
@@ -170,7 +171,8 @@ class _Loaded:
             served.monitor.drift = None  # nothing reads it
         self._all = [loaded[one.path] for one in artifacts]
         with _input_errors():
-            jobs_of(self._all, _request_of(fields), 0, lambda _: None)
+            request = _request_of(fields)
+            job_of(self._all, request, request.entries, 0, lambda _: None)
         self._calls: Calls | Placeholders | None = None
         if upstreams:
             from de3.runtime.upstream import calls
@@ -306,7 +308,7 @@ class _Loaded:
                         break
                     done = _Done()
                     part = replace(request, texts=texts, indices=indices)
-                    job = jobs_of(self._all, part, 0, done)
+                    job = job_of(self._all, part, part.entries, 0, done)
                     self._engine.submit(job)
                     running.append((job, done))
                     if len(running) > 1:

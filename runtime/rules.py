@@ -280,6 +280,10 @@ class Rules:
         """The choice for a tenant's requests without options, unless load changes it."""
         return self._by_tenant.get(tenant, self._start) if self.limits.are_set else self.default
 
+    def base(self, level: int, tenant: str) -> Choice:
+        """The choice for a tenant's requests without options at a load level."""
+        return self.of_tenant(tenant) if self.limits.are_set else self.in_force(level)
+
     def in_force(self, level: int) -> Choice:
         """The choice for requests without options at a load level."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
@@ -392,9 +396,7 @@ class Rules:
         if options.tau is not None or options.max_layer is not None:
             return self._explicit(options.tau, signal, options.max_layer, tenant)
         if signal is self._signal:
-            return self._by_target(
-                options, self.of_tenant(tenant) if self.limits.are_set else self.in_force(level)
-            )
+            return self._by_target(options, self.base(level, tenant))
         targets = [name for name in CALIBRATED if getattr(options, name) is not None]
         return self._by_target(options, self._default_with(signal, tenant, *targets))
 

@@ -12,7 +12,8 @@ from time import perf_counter
 
 from de3.exits.kinds import differs
 from de3.model_store.manifest import Manifest
-from de3.runtime.engine.job import Job, check_texts, jobs_of, with_spans
+from de3.runtime.engine.job import Job, job_of
+from de3.runtime.engine.plan import check_texts, with_spans
 from de3.runtime.engine.request import NOBODY, Entry, Request, Sender
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
@@ -49,11 +50,12 @@ class Inference:
         Raises RequestError if the request is refused or times out, or the error of a text that fails the job.
         """
         service.check_open()
-        self.served = served = [_model_of(one, self.request, service) for one in self.request.entries]
+        entries = self.request.entries
+        self.served = served = [_model_of(one, self.request, service) for one in entries]
         _check_response(self.request, [one.model.manifest for one in served])
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
-        self.job = job = jobs_of(served, self.request, level, self._settle, self.sender)
+        self.job = job = job_of(served, self.request, entries, level, self._settle, self.sender)
         if not job.items:  # a guardrail may be sent only images
             return job
         with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
@@ -112,6 +114,8 @@ def _model_of(entry: Entry, request: Request, service: Service) -> Served:
 
 def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:
     """Raise RequestError if the response could have more than MAX_PROBS probabilities; one text is always allowed."""
+    if len(request.texts) == 1:
+        return
     least = MIN_ROW if len(manifests) > 1 else 1
     each = sum(max(least, len(m.labels)) * (len(m.exit_layers) if request.explain else 1) for m in manifests)
     if len(request.texts) > (most := max(1, MAX_PROBS // each)):
@@ -195,8 +199,9 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
             shadow.rules.choose(job.options, level), job.options, job.request.flag
         )
         choice = with_spans(choice, job.request, shadow.model.manifest)
-        request = Request(job.request.texts, windows=job.request.windows, spans=job.request.spans)
-        second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)
+        request = Request(job.request.texts, spans=job.request.spans)
+        choice = replace(choice, budget_s=None)
+        second = Job(shadow, choice, request, compare, is_shadow=True, windows=job.windows)
         service.engine.submit(second)
     except RequestError:  # texts or options that the shadow does not support, or a full queue
         return

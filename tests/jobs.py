@@ -61,10 +61,11 @@ def job(
     served: Any = SimpleNamespace(
         model=model, timing=timing, monitor=monitor, group_s=lambda _: 0.0 if group_s is None else group_s
     )
-    request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort), windows=windows)
+    request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort))
     choice = Choice(rule or ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
-    new = {} if submitted is None else {"submitted": submitted}
-    return Job(served, choice, request, lambda _: None, is_shadow, fellows, sender=Sender(client), **new)
+    more: dict[str, Any] = {"windows": windows, "sender": Sender(client)}
+    more |= {} if submitted is None else {"submitted": submitted}
+    return Job(served, choice, request, lambda _: None, is_shadow, fellows, **more)
 
 
 def fit_job(**fields: Any) -> FitJob:

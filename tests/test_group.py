@@ -1,7 +1,6 @@
 """Groups: texts that share steps exit, join and are preempted between layers; answers are the same as alone."""
 
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +180,7 @@ def test_dropped_texts_leave_between_two_steps(model: Model) -> None:
 
 def test_a_text_that_may_not_be_truncated_fails_alone(model: Model) -> None:
     new = job(model, ["good", "a film " * 40, "bad"])
-    new.request = replace(new.request, truncate=False)
+    new.truncate = False
     steps = Steps(queue_of(new))
     _, long, _ = steps.run()
     error = steps.results.pop(long)

@@ -18,8 +18,8 @@ from de3.exits.reading import ClassReading, ValueReading
 from de3.exits.windows import Span, combination, exits_of
 from de3.model_store.store import Store
 from de3.runtime.classification import Classification
-from de3.runtime.engine.job import planned
 from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.plan import how_long
 from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted
@@ -283,8 +283,7 @@ def test_how_a_long_text_is_read_when_a_guard_shares_the_pass() -> None:
             )
             for kind, _, setting in (one.partition("=") for one in served)
         ]
-        found = planned(Classification([Text("a")], long=long), models)
-        return found.windows, found.truncate
+        return how_long(Classification([Text("a")], long=long), models)
 
     whole, cut, refused = (16, True), (1, True), (1, False)  # /classify says what was not read
     for served, expected, asked in (

@@ -23,7 +23,7 @@ from de3.model_store.forward import Decision, ForwardPass, LayerByLayer
 from de3.model_store.manifest import Defaults
 from de3.model_store.model import Model
 from de3.model_store.store import Store
-from de3.runtime.engine.job import with_spans
+from de3.runtime.engine.plan import with_spans
 from de3.runtime.engine.queue import WorkQueue
 from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.engine.run import run

@@ -71,12 +71,12 @@ def _begin(
         job = item.job
         if job.is_dropped:
             continue
-        if job.request.windows > 1 and len(encoding) > model.tokenizer.max_tokens:
+        if job.windows > 1 and len(encoding) > model.tokenizer.max_tokens:
             too_long.append(item)
             continue
         try:
             texts = item.text.text, item.text.text_pair
-            tokens = model.tokenizer.short(encoding, texts, job.request.truncate, job.has_layouts)
+            tokens = model.tokenizer.short(encoding, texts, job.truncate, job.has_layouts)
         except ValueError as error:
             failed.append((item, too_long_error(item, error)))
             continue

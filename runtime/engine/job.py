@@ -7,21 +7,19 @@ from time import perf_counter
 
 from de3.exits.kinds import Spans
 from de3.exits.reading import Answer, label_of
-from de3.exits.windows import MAX_WINDOWS, most_windows
 from de3.model_store.encoder import Encoder
 from de3.model_store.forward import Decision, ForwardPass
-from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.segments import Array, Tokens
 from de3.model_store.tokenizer import PIECE, Windows
 from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.plan import check_spans, check_texts, plan_of
 from de3.runtime.engine.progress import Progress, WindowProgress
 from de3.runtime.engine.request import NOBODY, Entry, Request, Sender, Text
 from de3.runtime.engine.served import MAX_STEP_S, Served
 from de3.runtime.engine.timing import tokens_of
-from de3.runtime.errors import RequestError
 from de3.runtime.ood import OodMonitor
-from de3.runtime.options import ExitOptions, Long
+from de3.runtime.options import ExitOptions
 from de3.runtime.rules import Choice
 
 # Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
@@ -192,6 +190,7 @@ class Job:
         is_shadow: background job; it runs while nothing else is pending, and its answers are not returned.
         fellows: jobs of other models, with the same texts, that are answered on this job's pass.
         own_options: exit options of this model, if several answer; None: those of the request.
+        windows, truncate: see Plan.
         in_groups: its texts may run in groups.
         has_layouts: a token classifier needs the layout of its texts' tokens.
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
@@ -214,6 +213,8 @@ class Job:
     is_shadow: bool = False
     fellows: Sequence["Job"] = ()
     own_options: ExitOptions | None = None
+    windows: int = 1
+    truncate: bool = True
     submitted: float = field(default_factory=perf_counter)
     items: list[Item] = field(init=False)
     in_groups: bool = field(init=False)
@@ -253,14 +254,14 @@ class Job:
         self.has_layouts = any(isinstance(job.choice.rule.kind, Spans) for job in self.team)
         due, self.items = self.submitted, []
         for index, text in enumerate(request.texts):
-            predicted_s = deepest.timing.predict(text.chars, request.windows)
+            predicted_s = deepest.timing.predict(text.chars, self.windows)
             due += predicted_s
             item = Item(self, index, text, predicted_s, due)
             if self.in_groups:
                 item.group_s = deepest.group_s(tokens_of(text.chars))
             if budget_s is not None:
                 timings = (job.served.timing for job in self.team)
-                item.first_exit_s = max(t.predict_first_exit(text.chars, request.windows) for t in timings)
+                item.first_exit_s = max(t.predict_first_exit(text.chars, self.windows) for t in timings)
             if self.fellows:
                 item.fellows = [job.items[index] for job in self.fellows]
             for one in item.fellows:  # another model's budget may end its pass, too
@@ -354,165 +355,36 @@ class Job:
 
 
 def job_of(
-    served: Served,
-    request: Request,
-    entry: Entry,
-    level: int,
-    on_done: Callable[[Exception | None], None],
-    sender: Sender,
-    fellows: Sequence[Job] = (),
-) -> Job:
-    """Create the job of a planned request to one of its models; raises RequestError if it cannot answer the request.
-
-    level: load level, which sets the default τ. on_done, sender, fellows: see Job.
-    """
-    manifest = served.model.manifest
-    check_texts(request, served)
-    try:
-        choice = served.rules.choose(entry.options, level, sender.tenant)
-    except RequestError as error:
-        raise error.inside(entry.where) from None
-    choice = served.rules.with_flag(choice, entry.options, request.flag)
-    choice = with_spans(choice, request, manifest)
-    return Job(served, choice, request, on_done, own_options=entry.options, fellows=fellows, sender=sender)
-
-
-def jobs_of(
     served: Sequence[Served],
     request: Request,
+    entries: Sequence[Entry],
     level: int,
     on_done: Callable[[Exception | None], None],
     sender: Sender = NOBODY,
 ) -> Job:
     """Create the jobs of a request to models that have the same encoder; returns the first, with its fellows.
 
-    served: the models of `request.entries`. Raises RequestError if a model cannot answer the request, or has another
-    encoder.
+    served: the models of `entries`, which are those of the request. level: load level. Raises RequestError if a model
+    cannot answer the request, or has another encoder.
     """
-    entries = request.entries
-    request = planned(request, served)
-    if len(served) > 1:
-        _check_upstreams([one.model.manifest for one in served], entries)
-        check_encoders([one.model for one in served], [entry.where for entry in entries])
-    fellows = [
-        job_of(one, request, entry, level, lambda _: None, sender)
-        for one, entry in zip(served[1:], entries[1:], strict=True)
-    ]
-    return job_of(served[0], request, entries[0], level, on_done, sender, fellows)
-
-
-def _check_upstreams(manifests: Sequence[Manifest], entries: Sequence[Entry]) -> None:
-    """Raise RequestError if a model with an upstream is named twice, as each text would then be sent twice."""
-    first: dict[str, str] = {}
-    for manifest, entry in zip(manifests, entries, strict=True):
-        where = first.setdefault(manifest.name, entry.where)
-        if manifest.upstream is not None and where != entry.where:
-            raise RequestError(
-                f"{entry.where}: {manifest.name}, which has an upstream, is already {where}", entry.where
-            )
-
-
-def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:
-    """Raise RequestError if the models do not run on one encoder, that of the deepest.
-
-    where: each model's entry in the request, for the message.
-    """
-    deepest = max(models, key=lambda model: model.manifest.num_layers)
-    for number, model in enumerate(models):
-        if not deepest.can_run(model):
-            what = "has another encoder" if model.runtime == deepest.runtime else "has another runtime"
-            entry = where[number] if where else "models"
-            raise RequestError(
-                f"{entry}: {model.full_name} {what} than {deepest.full_name}, so they cannot share a pass: use each on "
-                "its own",
-                entry,
-            )
-
-
-def _check_spans(request: Request, manifests: Sequence[Manifest]) -> None:
-    """Raise RequestError for span options that the models cannot have, and for a protocol that cannot return spans."""
-    are_spans = [one.is_spans for one in manifests]
-    if any(are_spans) and not request.takes_spans:
-        name = manifests[are_spans.index(True)].full_name
-        raise RequestError(
-            f"model: {name} is a token classifier, and this protocol has no spans; use /classify", "model"
-        )
-    if request.spans is not None and not any(are_spans):
-        given = zip(request.spans.names, request.spans.given, strict=True)
-        field = next((name for name, is_given in given if is_given), request.spans.names[0])
-        what = f"{manifests[0].full_name} is not a token classifier: it finds no spans"
-        raise RequestError(f"{field}: {what}", field)
-
-
-def planned(request: Request, served: Sequence[Served]) -> Request:
-    """The request as models are to answer it on one pass; raises RequestError if one of them cannot."""
-    manifests = [one.model.manifest for one in served]
-    _check_spans(request, manifests)
+    check_spans(request, served)
     for one in served:
         request = request.for_model(one.model.manifest, one.rules.flag)
-    long, windows = _long(request, served), 1
-    if long == "windows":
-        windows = min(MAX_WINDOWS, *(most_windows(one.max_tokens) for one in manifests))
-    may_cut = request.says_unread and not request.is_private
-    truncate = long == "truncate" or (long == "windows" and may_cut)
-    if (windows, truncate) == (request.windows, request.truncate):
-        return request
-    return replace(request, windows=windows, truncate=truncate)
+        check_texts(request, one)
+    plan = plan_of(served, request, entries, level, sender.tenant)
 
+    def job_of_model(number: int, fellows: Sequence[Job] = ()) -> Job:
+        return Job(
+            *(served[number], plan.choices[number], request, on_done),
+            fellows=fellows,
+            own_options=plan.options[number],
+            windows=plan.windows,
+            truncate=plan.truncate,
+            sender=sender,
+        )
 
-def _long(request: Request, served: Sequence[Served]) -> Long:
-    """How long texts are read: as the request says, the models' settings or, without either, the protocol.
-
-    But a token classifier and a guard read the whole text, in windows; a guard does so even if the client of a protocol
-    asks to truncate it. Other models may answer differently then, so a token classifier that shares a pass with them
-    does not.
-    """
-    guards = [one for one in served if one.rules.flag is not None]
-    if request.is_private:
-        return "windows"
-    if request.long == "may truncate":
-        if not guards:
-            return "truncate"
-        served = guards
-    elif request.long is not None:
-        return request.long
-    found = {
-        one.rules.long
-        or ("windows" if one.rules.flag is not None or one.model.manifest.is_spans else request.usual_long)
-        for one in served
-    }
-    if len(found) == 1:
-        return found.pop()
-    return "windows" if guards else "truncate"
-
-
-def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
-    """The choice, for a token classifier with the request's options for spans; redaction has no latency budget.
-
-    The calibration covers only the spans that the model returns without options.
-    """
-    kind = manifest.kind
-    if not isinstance(kind, Spans) or request.spans is None:
-        return choice
-    spans = request.spans.rule_for(manifest)
-    if spans != kind.rule:
-        choice = replace(choice, certificate=None, expected=None)
-    budget_s = None if request.is_private else choice.budget_s
-    return replace(choice, rule=replace(choice.rule, kind=Spans(spans)), budget_s=budget_s)
+    return job_of_model(0, [job_of_model(number) for number in range(1, len(served))])
 
 
 def _depth(served: Served) -> int:
     return served.model.manifest.num_layers
-
-
-def check_texts(request: Request, served: Served) -> None:
-    """Raise RequestError for a single text if the model takes pairs, or vice versa."""
-    takes = served.model.manifest.input
-    if takes is None:
-        return
-    wants_pair = takes == "pair"
-    for index, text in enumerate(request.texts):
-        if (text.text_pair is not None) != wants_pair:
-            wanted, given = ("pairs of texts", "a single text") if wants_pair else ("single texts", "a pair")
-            name, model = request.name_of(index), served.model.full_name
-            raise RequestError(f"{name}: {model} takes {wanted}, but this is {given}", name)

@@ -41,15 +41,16 @@ class WorkQueue:
         self._pending_admitted = 0  # pending items whose deadline is admitted
         self._stored = 0  # pending items, and items of dropped jobs that are still in a heap
         self._closed = False
-        lock = RLock()
-        self._changed, self._emptied = Condition(lock), Condition(lock)
+        # Entered itself, in C: that of a condition is entered in Python. A condition is only waited for and notified.
+        self._lock = RLock()
+        self._changed, self._emptied = Condition(self._lock), Condition(self._lock)
 
     def __len__(self) -> int:
         return self._pending
 
     def put(self, job: Job) -> None:
         """Enqueue all items of a job, or none: raises RequestError if the queue has no room or is closed."""
-        with self._changed:
+        with self._lock:
             room = self.shadow_room if job.is_shadow else self.limit - self._pending
             if self._closed or len(job.items) > room:
                 reason = "the server is stopping" if self._closed else "the queue is full"
@@ -60,7 +61,9 @@ class WorkQueue:
 
     def requeue(self, *items: Item) -> None:
         """Requeue preempted items, all at once. They have been accepted, so the limit does not apply."""
-        with self._changed:
+        if not items:
+            return
+        with self._lock:
             for item in items:
                 if item.job.is_dropped or (item.job.is_shadow and self._closed):
                     continue
@@ -77,7 +80,7 @@ class WorkQueue:
         same next layer, as long as they fit into a step, are not much longer than the first, and leave enough items
         for the other engine threads. threads: number of engine threads.
         """
-        with self._changed:
+        with self._lock:
             while (heap := self._first()) is None:
                 if self._closed:
                     return []
@@ -92,7 +95,7 @@ class WorkQueue:
 
     def join(self, items: list[Item], threads: int = 1) -> None:
         """Add pending items to a group between two steps, by the same rules as next()."""
-        with self._changed:
+        with self._lock:
             self._fill(items, len(items) + -(-self._pending // threads))
 
     def _fill(self, items: list[Item], room: int) -> None:
@@ -115,14 +118,14 @@ class WorkQueue:
 
     def drop_shadows(self) -> None:
         """Drop the pending shadow items."""
-        with self._changed:
+        with self._lock:
             for item in self._shadows:
                 item.job.is_dropped = True
             self._shadows.clear()
 
     def charge(self, *spent: tuple[Job, float]) -> None:
         """Charge engine time, in seconds, to the clients of jobs; shadow jobs are not charged."""
-        with self._changed:
+        with self._lock:
             for job, seconds in spent:
                 if not job.is_shadow:
                     self._charge(job, seconds)
@@ -134,7 +137,7 @@ class WorkQueue:
         The lead is the client's admitted time, plus the engine time that it has received in excess of the pending
         client with the least. It is negative if no other client was active within RECENT_S.
         """
-        with self._changed:
+        with self._lock:
             if self._fair.is_alone(job.client, RECENT_S):
                 return -1.0
             client = self._fair.client(job.client)
@@ -150,7 +153,7 @@ class WorkQueue:
         earlier, and an item of another client if that client has received less engine time by more than
         PREEMPTION_LEAD_S.
         """
-        with self._changed:
+        with self._lock:
             own = None
             if not item.job.is_shadow:
                 own = self._charge(item.job, seconds)
@@ -167,18 +170,18 @@ class WorkQueue:
 
     def wait_until_empty(self, seconds: float) -> None:
         """Wait until no items other than shadow items are pending, for at most this many seconds."""
-        with self._changed:
+        with self._lock:
             self._emptied.wait_for(lambda: not self._pending, seconds)
 
     def later_than(self, due: float) -> int:
         """Number of pending items that are due after this time (perf_counter seconds)."""
-        with self._changed:
+        with self._lock:
             heaps = [self._admitted, *(client.items for _, _, client in self._fair.listed)]
             return sum(when > due and not item.job.is_dropped for heap in heaps for when, _, item in heap)
 
     def drop(self, job: Job) -> None:
         """Drop a job: its pending items no longer count toward the limit, and never run."""
-        with self._changed:
+        with self._lock:
             job.is_dropped = True
             self._forget(job)
             if self._stored > 2 * self._pending + MAX_GROUP:  # most are dropped: free their texts
@@ -189,7 +192,7 @@ class WorkQueue:
 
     def close(self) -> None:
         """Reject new jobs; pending items are still scheduled, except shadow items."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._shadows.clear()
             self._changed.notify_all()

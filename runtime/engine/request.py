@@ -127,8 +127,6 @@ class Request:
         long: how the request wants long texts to be read; None: as the model's settings or the protocol say.
         explain: report the reading of every exit that a text passes.
         ood: report the OOD score of each text.
-        windows: maximum number of windows into which a long text is split; set by job.planned(), as is `truncate`.
-        truncate: truncate texts that are too long for their windows; if false, such texts raise RequestError.
         flag: what the texts are flagged for; None: as the model's settings say.
         spans: options for the spans of token classifiers; None: none are set.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
@@ -148,8 +146,6 @@ class Request:
     long: AskedLong | None = None
     explain: bool = False
     ood: bool = False
-    windows: int = 1
-    truncate: bool = True
     flag: Wanted | None = None
     spans: SpanOptions | None = None
     keeps_errors: bool = False

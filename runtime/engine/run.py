@@ -120,9 +120,8 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
     """
     job, text, progress = item.job, item.text, item.progress
     if progress.tokenization is None:
-        request = job.request
         progress.tokenization = job.model.tokenizer.start(
-            text.text, text.text_pair, request.truncate, request.windows, job.has_layouts
+            text.text, text.text_pair, job.truncate, job.windows, job.has_layouts
         )
     while True:
         occupy(job.deepest.timing.piece_s)

@@ -1,6 +1,7 @@
 """A loaded model, with everything that is needed to serve it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from de3.model_store.model import Model
 from de3.runtime.engine.timing import Timing
@@ -15,12 +16,17 @@ FAST, FAST_TOKENS = 4, 32
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A loaded model, its speed on this machine, the rules that choose its τ, and its OOD monitor."""
+    """A loaded model, its speed on this machine, the rules that choose its τ, and its OOD monitor.
+
+    Attributes:
+        plans: how it answers requests without options (plan.plan_of), by their kind and tenant.
+    """
 
     model: Model
     timing: Timing
     rules: Rules
     monitor: OodMonitor
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, compare=False)
 
     def group_s(self, tokens: int) -> float:
         """Step time of a text this long in a group, seconds.
