@@ -64,7 +64,8 @@ class Inference:
                 await self._wait(job, self._done, service)
             finally:
                 service.admission.release(job)
-            _check_spans(job)
+            if job.has_layouts:
+                _check_spans(job)
             if service.settings.upstreams:
                 await _complete(job, service)
         for one in job.team:

@@ -3,18 +3,17 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     Info,
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from de3.exits.kinds import Spans
@@ -28,7 +27,7 @@ from de3.server.audit.ledger import tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.learn.metrics import LearnMetrics
 from de3.server.settings import Settings
-from de3.server.text_metrics import STAGE_BUCKETS, TextMetrics
+from de3.server.text_metrics import STAGE_BUCKETS, Tallied, TextMetrics
 from de3.server.upstream_metrics import UpstreamMetrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and Prometheus does not need them
@@ -38,6 +37,64 @@ REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
 STATUSES = ("200", "422", "429", "499", "500", "502", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503", "504")
 KEPT_MODELS = 8  # unloaded models whose metrics are kept
+
+
+class Tally(Collector):
+    """A counter in which only the event loop counts: prometheus_client takes five calls and a lock for each value."""
+
+    def __init__(
+        self, name: str, documentation: str, labels: Sequence[str], registry: CollectorRegistry
+    ) -> None:
+        self._what, self._labels, self._values = (name, documentation), labels, dict[tuple[str, ...], float]()
+        registry.register(self)
+
+    def add(self, amount: float, *labels: str) -> None:
+        """Add to the value with these labels, which begins at 0."""
+        self._values[labels] = self._values.get(labels, 0.0) + amount
+
+    def remove(self, model: str) -> None:
+        """Forget the values of a model, which is the first label."""
+        self._values = {labels: value for labels, value in self._values.items() if labels[0] != model}
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """The counter."""
+        counter = CounterMetricFamily(*self._what, labels=self._labels)
+        for labels, value in list(self._values.items()):
+            counter.add_metric(labels, value)
+        yield counter
+
+
+class _Latency(Collector):
+    """The latency of requests, by model, counted as in Tally."""
+
+    def __init__(self, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+        self._bounds, self._models = bounds, dict[str, Tallied]()
+        registry.register(self)
+
+    def start(self, model: str) -> None:
+        """Start to count a model's requests; keeps the counts if there are any."""
+        self._models.setdefault(model, Tallied(self._bounds))
+
+    def add(self, model: str, seconds: float) -> None:
+        """Count a request."""
+        if model not in self._models:
+            self.start(model)
+        self._models[model].add((seconds,))
+
+    def remove(self, model: str) -> None:
+        """Forget the counts of a model."""
+        self._models.pop(model, None)
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """The histogram."""
+        latency = HistogramMetricFamily(
+            "de3_request_latency_seconds",
+            "Time from a request's head to its response (200) or timeout (504)",
+            labels=["model"],
+        )
+        for model, histogram in list(self._models.items()):
+            latency.add_metric([model], *histogram.rows())
+        yield latency
 
 
 class _ModelGauges(Collector):
@@ -230,20 +287,16 @@ class Metrics:
         self.level = level
         ProcessCollector(registry=r)
         r.register(BackgroundErrors())
-        counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
+        counter = partial(Counter, registry=r)
         self.texts = TextMetrics(deepest)
         r.register(self.texts)
-        self.request_latency = histogram(
-            "de3_request_latency_seconds",
-            "Time from a request's head to its response (200) or timeout (504)",
-            ["model"],
-            # The objective is a bucket boundary, so that the share of requests within it is exact.
-            buckets=sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}),
-        )
-        self.requests = counter(
+        # The objective is a bucket boundary, so that the share of requests within it is exact.
+        self.request_latency = _Latency(sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}), r)
+        self.requests = Tally(
             "de3_requests",
             "Classification requests by HTTP status; model is none if the request's model was not found",
             ["model", "status"],
+            r,
         )
         self.rejected = counter("de3_rejected", "Rejected requests on all routes, by cause", ["cause"])
         self.engine_failures = counter("de3_engine_failures", "Engine threads that died or are stuck")
@@ -256,13 +309,14 @@ class Metrics:
             "de3_truncated_texts", "Texts of which a part was not read, by path", ["model", "route"]
         )
         self.degraded = counter("de3_degraded_texts", "Texts answered with a τ raised under load", ["model"])
-        self.calibrated = counter(
-            "de3_calibrated_texts", "Texts answered with a τ from the calibration table", ["model"]
+        self.calibrated = Tally(
+            "de3_calibrated_texts", "Texts answered with a τ from the calibration table", ["model"], r
         )
-        self.expected_correct = counter(
+        self.expected_correct = Tally(
             "de3_expected_correct_texts",
             "Expected number of correct texts among de3_calibrated_texts, by the calibration",
             ["model"],
+            r,
         )
         self.shadow_texts = counter(
             "de3_shadow_texts", "Texts also run by a shadow model", ["model", "shadow"]
@@ -276,17 +330,7 @@ class Metrics:
             ["model", "precision", "runtime", "layers"],
             registry=r,
         )
-        # Metrics with only the label `model` start at 0 with the model: rate() needs a 0 before the first event.
-        self._start_at_0 = (self.request_latency, self.degraded, self.calibrated, self.expected_correct)
-        self._by_model = (
-            *self._start_at_0,
-            self.requests,
-            self.cut,
-            self.shadow_texts,
-            self.shadow_disagreements,
-        )
         self._gone: list[str] = []
-        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # cache of _child
         self._served: dict[str, Served] = {}
         r.register(_ModelGauges(self._served, level))
         for cause in get_args(Cause):  # rate() needs a 0 before the first event
@@ -294,7 +338,7 @@ class Metrics:
         for reason in ("connection_limit", "unread"):
             self.dropped_connections.labels(reason)
         for status in WITHOUT_MODEL:
-            self.requests.labels("none", status)
+            self.requests.add(0, "none", status)
         self._limits(settings)
 
     def _limits(self, settings: Settings) -> None:
@@ -338,10 +382,12 @@ class Metrics:
         if name in self._served:  # reloaded, perhaps with another runtime
             self.drop(self._served[name])
         self._model.labels(*_info(served)).set(1)
-        for status in STATUSES:
-            self.requests.labels(name, status)
-        for metric in self._start_at_0:
-            metric.labels(name)
+        for status in STATUSES:  # rate() needs a 0 before the first event
+            self.requests.add(0, name, status)
+        for tally in (self.calibrated, self.expected_correct):
+            tally.add(0, name)
+        self.request_latency.start(name)
+        self.degraded.labels(name)
         kind = served.model.manifest.kind
         spans = kind.rule.names if isinstance(kind, Spans) else []
         self.texts.add_model(name, served.model.manifest.upstream is not None, spans)
@@ -358,17 +404,18 @@ class Metrics:
             self._gone.append(name)
         while len(self._gone) > KEPT_MODELS:
             oldest = self._gone.pop(0)
-            for metric in self._by_model:
+            for one in (self.requests, self.calibrated, self.expected_correct, self.request_latency):
+                one.remove(oldest)
+            for metric in (self.degraded, self.cut, self.shadow_texts, self.shadow_disagreements):
                 metric.remove_by_labels({"model": oldest})
             for metric in (self.shadow_texts, self.shadow_disagreements):
                 metric.remove_by_labels({"shadow": oldest})
             self.texts.drop_model(oldest)
-            self._children.clear()
 
     def answered(self, job: Job) -> None:
         """Count the texts of an answered request in the metrics that depend on the choice of τ, and their spans."""
         choice, model = job.choice, job.model.full_name
-        if job.model.manifest.is_spans:
+        if job.has_layouts and job.model.manifest.is_spans:
             self.texts.count_spans(job)
         if choice.is_degraded:
             self.degraded.labels(model).inc(len(job.items))
@@ -380,8 +427,8 @@ class Metrics:
                 outcome.rule.tau == choice.rule.tau and outcome.reason not in others and not outcome.windows
                 for outcome in job.outcomes()
             )
-            self._child(self.calibrated, model).inc(texts)
-            self._child(self.expected_correct, model).inc(texts * choice.expected.accuracy)
+            self.calibrated.add(texts, model)
+            self.expected_correct.add(texts * choice.expected.accuracy, model)
 
     def truncated(self, job: Job, route: str) -> None:
         """Count an answered request's texts of which a part was not read. route: template of its path."""
@@ -397,14 +444,6 @@ class Metrics:
         if cause is not None:
             self.rejected.labels(cause).inc()
         for model in models:
-            self._child(self.requests, model, str(status)).inc()
+            self.requests.add(1, model, str(status))
             if status in (200, 504):  # rejections are fast, and would distort the latency
-                self._child(self.request_latency, model).observe(latency_s)
-
-    def _child(self, metric: Any, *labels: str) -> Any:
-        """The series of a metric, cached: a lookup in prometheus_client takes as long as an early exit."""
-        key = (metric, labels)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = metric.labels(*labels)
-        return child
+                self.request_latency.add(model, latency_s)

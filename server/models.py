@@ -145,7 +145,12 @@ class Models:
 
         fits, must_be_set: see default_name. Raises RequestError if the name is not served, or if there is no default.
         """
-        name = self.default_name(fits, must_be_set) if name is None else self._resolve(name)
+        if name is not None:
+            name = self._resolve(name)
+        elif len(self.routes) == 1:  # as default_name says
+            (name,) = self.routes
+        else:
+            name = self.default_name(fits, must_be_set)
         route = self.routes.get(name)
         if route is not None and route.canary is not None and random.random() < route.share:
             return self._versions[name][route.canary]

@@ -43,8 +43,10 @@ def _on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]
     """A function that schedules callbacks on an event loop; safe to call from any thread."""
 
     def dispatch(callback: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: no request is waiting
+        try:  # noqa: SIM105  # contextlib.suppress takes three calls for each wake-up
             loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop is closed: no request is waiting
+            pass
 
     return dispatch
 

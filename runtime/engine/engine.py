@@ -244,7 +244,7 @@ class Engine:
         ended: list[tuple[Job, Exception | None]] = []
         outcomes = [(item, result) for item, result in results if isinstance(result, list)]
         if outcomes:  # counted first, so that the metrics include a text before its client has the answer
-            self._count([pair for item, result in outcomes for pair in zip(item.team, result, strict=True)])
+            self._count(outcomes)
         for item, (outcome, *others) in outcomes:
             job = item.job
             if not job.is_shadow:
@@ -269,16 +269,15 @@ class Engine:
         if ended:
             self._report(ended)
 
-    def _count(self, outcomes: Sequence[tuple[Item, Outcome]]) -> None:
+    def _count(self, outcomes: Sequence[tuple[Item, Sequence[Outcome]]]) -> None:
         """Call `observe` for each model; its errors do not fail the request."""
         by_model: dict[int, tuple[Served, list[Outcome]]] = {}
-        for item, outcome in outcomes:
-            served = item.job.served
-            if id(served) not in by_model:
-                by_model[id(served)] = served, []
-            by_model[id(served)][1].append(outcome)
-        for served, found in by_model.values():
+        for item, found in outcomes:
+            for one, outcome in zip((item, *item.fellows), found, strict=True):
+                served = one.job.served
+                by_model.setdefault(id(served), (served, []))[1].append(outcome)
+        for served, of_model in by_model.values():
             try:
-                self._observe(served, found)
+                self._observe(served, of_model)
             except BaseException as error:
                 report("counting_texts", error)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
+from de3.model_store.forward import ForwardPass
 from de3.model_store.part import MAX_LAYERS
 from de3.runtime.engine.job import Item
 from de3.runtime.engine.queue import WorkQueue
@@ -96,7 +97,8 @@ def _begin(
     for item in too_long:
         item.is_short = False
     group[:] = ready
-    finish(failed)
+    if failed:
+        finish(failed)
     queue.requeue(*too_long)
 
 
@@ -110,8 +112,11 @@ def _step(
     items, served = list(group), group[0].job.deepest
     forward, first = group[0].job.encoder.forward, group[0].progress.layer
     assert forward is not None
-    passes = [item.progress.forward for item in items if item.progress.forward is not None]
-    layer_s = sum(served.timing.layer_s(len(p.tokens)) for p in passes)
+    passes, layer_s = list[ForwardPass](), 0.0
+    for item in items:
+        if (one := item.progress.forward) is not None:
+            passes.append(one)
+            layer_s += served.timing.layer_s(len(one.tokens))
     layers = max(1, int(MAX_STEP_S / layer_s)) if layer_s > 0 else MAX_LAYERS
     occupy(layer_s * layers)
     # The time of the embeddings is negligible.
@@ -127,7 +132,10 @@ def _step(
         else:
             staying.append(item)
     group[:] = staying
-    finish(left)
+    if left:
+        finish(left)
+    if not staying:
+        return
     for item in staying:
         if item.job.is_dropped:
             item.progress.forward = None

@@ -191,6 +191,9 @@ class Job:
         fellows: jobs of other models, with the same texts, that are answered on this job's pass.
         own_options: exit options of this model, if several answer; None: those of the request.
         windows, truncate: see Plan.
+        model: the model that runs the job.
+        monitor: OOD monitor; None for shadow jobs.
+        client: client of the request.
         in_groups: its texts may run in groups.
         has_layouts: a token classifier needs the layout of its texts' tokens.
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
@@ -216,6 +219,9 @@ class Job:
     windows: int = 1
     truncate: bool = True
     submitted: float = field(default_factory=perf_counter)
+    model: Model = field(init=False)
+    monitor: OodMonitor | None = field(init=False)
+    client: str = field(init=False)
     items: list[Item] = field(init=False)
     in_groups: bool = field(init=False)
     has_layouts: bool = field(init=False)
@@ -235,6 +241,8 @@ class Job:
 
     def __post_init__(self) -> None:
         request, deepest, budget_s = self.request, self.served, self.choice.budget_s
+        self.model, self.client = deepest.model, self.sender.client
+        self.monitor = None if self.is_shadow else deepest.monitor
         has_codes = self.choice.rule.signal.code is not None
         for job in self.fellows:
             deepest = max(deepest, job.served, key=_depth)
@@ -251,7 +259,9 @@ class Job:
         self.asks_all_exits = request.explain or request.ood or monitors_ood or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
-        self.has_layouts = any(isinstance(job.choice.rule.kind, Spans) for job in self.team)
+        self.has_layouts = isinstance(self.choice.rule.kind, Spans) or any(
+            job.has_layouts for job in self.fellows
+        )
         due, self.items = self.submitted, []
         for index, text in enumerate(request.texts):
             predicted_s = deepest.timing.predict(text.chars, self.windows)
@@ -270,11 +280,6 @@ class Job:
         self._left = len(self.items)
 
     @property
-    def model(self) -> Model:
-        """The model that runs the job."""
-        return self.served.model
-
-    @property
     def asks_first_exit(self) -> bool:
         """True if the first exit of every text is computed in any case."""
         rule = self.choice.rule
@@ -289,16 +294,6 @@ class Job:
     def team(self) -> list["Job"]:
         """The job and its fellows, in the order of the request."""
         return [self, *self.fellows]
-
-    @property
-    def monitor(self) -> OodMonitor | None:
-        """OOD monitor; None for shadow jobs."""
-        return None if self.is_shadow else self.served.monitor
-
-    @property
-    def client(self) -> str:
-        """Client of the request."""
-        return self.sender.client
 
     @property
     def tokens(self) -> int:

@@ -67,8 +67,8 @@ class Timing:
 
     def speedup(self, tokens: int, layer: int) -> float:
         """Time through every layer divided by the time to the exit at `layer`, for this many tokens."""
-        deeper = max(0, layer - self._first_exit) * self.layer_s(tokens)
-        return self.full_depth_s(tokens) / (self.first_exit_s(tokens) + deeper)
+        n, deeper = min(tokens, self._most), max(0, layer - self._first_exit)
+        return self._full_s[n] / (self._first_s[n] + deeper * self._layer_s[n])
 
     def predict(self, chars: int, windows: int = 1) -> float:
         """Predicted seconds to tokenize a text with this many characters and run it to full depth.

@@ -222,22 +222,26 @@ def _digest(key: bytes) -> bytes:
 
 
 class Charge:
-    """The charge of a request against its owner's rate limit, in texts; it grows as the cost becomes known."""
+    """The charge of a request against its owner's rate limit, in texts; it grows as the cost becomes known.
+
+    Attributes:
+        limit: the rate limit; None: there is none.
+    """
 
     def __init__(self, limit: "RateLimit | None", owner: str) -> None:
-        self._limit, self._owner, self._texts = limit, owner, 0
+        self.limit, self._owner, self._texts = limit, owner, 0
 
     async def raise_to(self, texts: int) -> None:
         """Increase the charge to this many texts in total; raises RequestError if that would exceed the limit."""
-        if self._limit is not None and texts > self._texts:
-            self._limit.check(texts)
-            await self._limit.take(self._owner, texts - self._texts)
+        if self.limit is not None and texts > self._texts:
+            self.limit.check(texts)
+            await self.limit.take(self._owner, texts - self._texts)
             self._texts = texts
 
     def settle(self, texts: int) -> None:
         """Increase the charge to this many texts in total, for work already done, even beyond the limit."""
-        if self._limit is not None and texts > self._texts:
-            self._limit.drain(self._owner, texts - self._texts)
+        if self.limit is not None and texts > self._texts:
+            self.limit.drain(self._owner, texts - self._texts)
             self._texts = texts
 
 

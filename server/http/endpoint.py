@@ -52,11 +52,15 @@ async def _answer(
     service.in_flight += 1
     try:
         job = await _classify(exchange, receive, frontend, route)
-        for outcome in (outcome for one in job.team for outcome in one.outcomes()):
-            job.request.check(outcome)
+        if not job.request.says_unread:
+            for outcome in (outcome for one in job.team for outcome in one.outcomes()):
+                job.request.check(outcome)
         body = protocol.serialize(exchange.id, job)
-        headers = _headers(job, exchange.started, perf_counter())
-        service.metrics.truncated(job, route.template)
+        timing, cut = _timing(job, exchange.started, perf_counter())
+        headers = [(b"server-timing", timing)]
+        if cut:
+            headers.append((b"de3-truncated", cut))
+            service.metrics.truncated(job, route.template)
         exchange.status = 200
     except RequestError as error:
         # The traceback would keep this frame and the parsed body in memory until the next garbage collection.
@@ -91,10 +95,9 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     if not service.is_open:
         await service.wait_until_open()
     service.check_open()
-    exchange.owner = frontend.access.user(scope)
+    exchange.owner, client = frontend.sender(scope)
     settings = service.settings
     body = await read_body(scope, receive, settings.max_body_bytes)
-    client = frontend.client(scope, exchange.owner)
     charge = Charge(frontend.access.limit, exchange.owner)
     if len(body) > BYTES_PER_TEXT:
         await charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
@@ -113,7 +116,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     try:
         return await inference.run(service)
     finally:  # a failed request is also charged for the texts that ran
-        if inference.job is not None:
+        if charge.limit is not None and inference.job is not None:
             tokens = (item.progress.num_tokens for item in inference.job.items)
             units = sum(-(-count // TOKENS_PER_TEXT) for count in tokens)
             charge.settle(units * len(inference.job.team))
@@ -165,27 +168,28 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def _headers(job: Job, started: float, ended: float) -> list[Header]:
-    """Server-Timing and, if texts were truncated, their indices, for protocols that have no place for them.
+def _timing(job: Job, started: float, ended: float) -> tuple[bytes, bytes]:
+    """The values of Server-Timing and, for protocols that have no place for them, the indices of truncated texts.
 
     Times are in ms: tokenize and model are sums over the texts, queue and upstream the maximum.
     """
     queue = tokenize = model = upstream = 0.0
-    for outcome in job.outcomes():
-        queue = max(queue, outcome.queue_s)
-        tokenize += outcome.tokenize_s
-        model += outcome.model_s
-        upstream = max(upstream, outcome.upstream_s)
+    cut = list[str]()
+    for item in job.items:
+        if (outcome := item.outcome) is not None:
+            queue = max(queue, outcome.queue_s)
+            tokenize += outcome.tokenize_s
+            model += outcome.model_s
+            upstream = max(upstream, outcome.upstream_s)
+            if outcome.truncated:
+                cut.append(str(item.index))
     waited = f"upstream;dur={1000 * upstream:.3f}, " if upstream else ""
     timing = (
         f"read;dur={1000 * (job.submitted - started):.3f}, queue;dur={1000 * queue:.3f}, "
         f"tokenize;dur={1000 * tokenize:.3f}, model;dur={1000 * model:.3f}, "
         f"{waited}total;dur={1000 * (ended - started):.3f}"
     )
-    cut = ",".join(
-        str(item.index) for item in job.items if item.outcome is not None and item.outcome.truncated
-    )
-    return [(b"server-timing", timing.encode()), *([(b"de3-truncated", cut.encode())] if cut else [])]
+    return timing.encode(), ",".join(cut).encode()
 
 
 async def _send(send: Send, request_id: str, body: bytes, more: list[Header]) -> None:

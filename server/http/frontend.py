@@ -61,11 +61,17 @@ class Frontend:
             protocol: errors.response(self._shed_error, None, protocol.error(self._shed_error))
             for protocol in protocols.values()
         }
-        metrics, status = service.metrics, str(errors.STATUSES["shed"])
-        self._shed_counters = metrics.rejected.labels("shed"), metrics.requests.labels("none", status)
+        self._shed_counter = service.metrics.rejected.labels("shed")
+        self._shed_status = str(errors.STATUSES["shed"])
 
     def route(self, scope: Scope) -> Route | None:
-        """The route of a classification request; None for other requests."""
+        """The route of a classification request; None for other requests. The scope keeps it."""
+        if "de3.route" not in scope:
+            scope["de3.route"] = self._find_route(scope)
+        route: Route | None = scope["de3.route"]
+        return route
+
+    def _find_route(self, scope: Scope) -> Route | None:
         if scope["method"] != "POST":
             return None
         path = route_path(scope)
@@ -90,7 +96,19 @@ class Frontend:
             self.service.settings.processes < 2
         ):  # otherwise it may wait for the models, if another process is ready
             self.service.check_open()
-        return self.client(scope, self.access.user(scope))
+        scope["de3.owner"] = owner = self.access.user(scope)
+        scope["de3.client"] = client = self.client(scope, owner)
+        return client
+
+    def sender(self, scope: Scope) -> tuple[str, str]:
+        """The owner of a classification request's key, and its client; see Access.user and client().
+
+        Raises RequestError if a key is needed and is missing or unknown.
+        """
+        if "de3.client" in scope:  # admitted
+            return scope["de3.owner"], scope["de3.client"]
+        owner = self.access.user(scope)
+        return owner, self.client(scope, owner)
 
     def client(self, scope: Scope, owner: str) -> str:
         """Fair-share key of a request: the owner of its API key, or else the client's address or IPv6 network.
@@ -105,6 +123,8 @@ class Frontend:
 
     def sheds(self, scope: Scope) -> bool:
         """True if a classification request must be shed to meet the latency objective."""
+        if self.service.settings.slo_p99_ms is None:
+            return False
 
         def client() -> str | None:
             try:
@@ -116,8 +136,8 @@ class Frontend:
 
     async def shed(self, scope: Scope, send: Send, route: Route) -> None:
         """Count a request that is shed, send its response, and report it."""
-        for counter in self._shed_counters:
-            counter.inc()
+        self._shed_counter.inc()
+        self.service.metrics.requests.add(1, "none", self._shed_status)
         response = self._shed_responses[route.protocol]
         exchange = Exchange(
             request_id(scope), scope, route.template, status=response.status_code, cause="shed"
