@@ -103,7 +103,7 @@ def one_or_more(text_of: Callable[[Any, str], Text], value: Any) -> list[Text]:
 
 def is_blank(text: str) -> bool:
     """True if nothing of the text can be seen: its answer would mean nothing."""
-    return all(unicodedata.category(char) in INVISIBLE for char in text)
+    return not "!" <= text[:1] <= "~" and all(unicodedata.category(char) in INVISIBLE for char in text)
 
 
 def checked_text(value: Any, where: str, expected: str = "a text") -> str:

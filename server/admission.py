@@ -83,16 +83,13 @@ class Admission:
 
     def admit(self, job: Job) -> None:
         """Count a job's texts as in flight; raises RequestError if they exceed the client's share or the limit."""
-        self.texts.take(job.client, self._amount(job))
+        self.texts.take(job.client, min(job.weight, self.texts.limit))
         self._in_flight += len(job.items)
         if len(job.items) > 1:
             self._batches.add(job)
 
     def release(self, job: Job) -> None:
         """Stop counting the texts of an admitted job."""
-        self.texts.release(job.client, self._amount(job))
+        self.texts.release(job.client, min(job.weight, self.texts.limit))
         self._in_flight -= len(job.items)
         self._batches.discard(job)
-
-    def _amount(self, job: Job) -> int:
-        return min(len(job.items) * len(job.team), self.texts.limit)

@@ -6,7 +6,6 @@ without a server.
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -20,7 +19,6 @@ from de3.runtime.errors import RequestError
 from de3.runtime.upstream.answer import ask_upstreams, needs_upstream
 from de3.server.service import Service
 
-NOT_AUDITED = nullcontext()
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
 MAX_PROBS = 2**18
 MAX_SPANS = 2**17  # in a response, as about as many take 0.3 s of the event loop
@@ -49,7 +47,8 @@ class Inference:
 
         Raises RequestError if the request is refused or times out, or the error of a text that fails the job.
         """
-        service.check_open()
+        if not service.is_open:
+            service.check_open()
         entries = self.request.entries
         self.served = served = [_model_of(one, self.request, service) for one in entries]
         _check_response(self.request, [one.model.manifest for one in served])
@@ -58,23 +57,30 @@ class Inference:
         self.job = job = job_of(served, self.request, entries, level, self._settle, self.sender)
         if not job.items:  # a guardrail may be sent only images
             return job
-        with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
-            service.admission.admit(job)
-            try:
-                await self._wait(job, self._done, service)
-            finally:
-                service.admission.release(job)
-            if job.has_layouts:
-                _check_spans(job)
-            if service.settings.upstreams:
-                await _complete(job, service)
-        for one in job.team:
+        if service.audits.is_on:
+            with service.audits.watch(job):
+                await self._answer(job, self._done, service)
+        else:
+            await self._answer(job, self._done, service)
+        for one in (job, *job.fellows):
             shadow = service.models.shadow_of(one.served)
             if shadow is not None:
                 _run_shadow(shadow, one, level, service)
             service.metrics.answered(one)
             service.int8.add(one)
         return job
+
+    async def _answer(self, job: Job, done: "asyncio.Future[None]", service: Service) -> None:
+        """Run the texts of an accepted job, and have upstreams answer the rest; raises its error if it fails."""
+        service.admission.admit(job)
+        try:
+            await self._wait(job, done, service)
+        finally:
+            service.admission.release(job)
+        if job.has_layouts:
+            _check_spans(job)
+        if service.settings.upstreams:
+            await _complete(job, service)
 
     def _settle(self, error: Exception | None) -> None:
         if self._done is None or self._done.done():  # the client disconnected, or another text failed first

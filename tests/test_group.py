@@ -1,5 +1,6 @@
 """Groups: texts that share steps exit, join and are preempted between layers; answers are the same as alone."""
 
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,9 @@ class Steps:
 class Charged(WorkQueue):
     charged = 0.0
 
-    def charge(self, *spent: tuple[Job, float]) -> None:
+    def charge(self, spent: Sequence[tuple[Job, float]]) -> None:
         self.charged += sum(seconds for _, seconds in spent)
-        super().charge(*spent)
+        super().charge(spent)
 
 
 def queue_of(*jobs: Job) -> WorkQueue:

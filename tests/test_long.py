@@ -236,7 +236,7 @@ class Busy:
     def requeue(self, item: Item) -> None:
         self.requeued += 1
 
-    def charge(self, *spent: tuple[Job, float]) -> None:
+    def charge(self, spent: Sequence[tuple[Job, float]]) -> None:
         self.charged += sum(seconds for _, seconds in spent)
 
 

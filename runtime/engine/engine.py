@@ -190,7 +190,8 @@ class Engine:
             items = self.queue.next(self.threads)
             self._busy[number] = True
             self._progress[number] += 1
-            self._finish(self._run(items, number) if items else (), number)
+            if items and (alone := self._run(items, number)):
+                self._finish(alone, number)
             self.deadlines.occupy(number, 0.0)
         except BaseException as error:
             report("engine", error)

@@ -11,7 +11,7 @@ from time import perf_counter
 
 from de3.model_store.forward import ForwardPass
 from de3.model_store.part import MAX_LAYERS
-from de3.runtime.engine.job import Item
+from de3.runtime.engine.job import Item, Job
 from de3.runtime.engine.queue import WorkQueue
 from de3.runtime.engine.run import Result, outcomes_of, too_long_error
 from de3.runtime.engine.served import MAX_STEP_S
@@ -81,19 +81,20 @@ def _begin(
         except ValueError as error:
             failed.append((item, too_long_error(item, error)))
             continue
-        layer_s = served.timing.layer_s(len(tokens))
+        size = len(tokens)
+        layer_s = served.timing.layer_s(size)
         if ready and seconds + layer_s > OVERRUN * MAX_STEP_S:
             too_long.append(item)
             continue
         seconds += layer_s
-        item.group_s = served.group_s(len(tokens))
+        item.group_s = served.group_s(size)
         item.start(tokens)
-        item.progress.num_tokens, item.progress.is_grouped = len(tokens), True
+        item.progress.num_tokens, item.progress.is_grouped = size, True
         ready.append(item)
     spent = (perf_counter() - started) / len(items)
     for item in items:  # includes failed and requeued items
         item.progress.tokenize_s = spent
-    queue.charge(*((item.job, spent) for item in items))
+    queue.charge([(item.job, spent) for item in items])
     for item in too_long:
         item.is_short = False
     group[:] = ready
@@ -116,21 +117,23 @@ def _step(
     for item in items:
         if (one := item.progress.forward) is not None:
             passes.append(one)
-            layer_s += served.timing.layer_s(len(one.tokens))
+            layer_s += served.timing.layer_s(item.progress.num_tokens)
     layers = max(1, int(MAX_STEP_S / layer_s)) if layer_s > 0 else MAX_LAYERS
     occupy(layer_s * layers)
     # The time of the embeddings is negligible.
     forward(passes, layers + (first == 0))
     left: list[tuple[Item, Result]] = []
     staying: list[Item] = []
-    queue.charge(*((i.job, one.seconds - i.progress.model_s) for i, one in zip(items, passes, strict=True)))
+    charged = list[tuple[Job, float]]()
     for item, one in zip(items, passes, strict=True):
         progress = item.progress
+        charged.append((item.job, one.seconds - progress.model_s))
         progress.model_s, progress.layer = one.seconds, one.layer
         if one.is_done:
             left.append((item, outcomes_of(item)))
         else:
             staying.append(item)
+    queue.charge(charged)
     group[:] = staying
     if left:
         finish(left)

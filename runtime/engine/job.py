@@ -63,27 +63,20 @@ class Item:
     first_exit_s: float = 0.0
     group_s: float = 0.0
     ends: float | None = None
-    is_short: bool = field(init=False)
-    is_sampled: bool = field(init=False)
+    is_short: bool = True
+    is_sampled: bool = False
     is_drawn: bool = False
     is_deep: bool = False
-    asks_all_exits: bool = field(init=False)
+    asks_all_exits: bool = False
     keeps_states: bool = False
     states: Array | None = None
-    progress: Progress = field(init=False)
+    progress: Progress = field(default_factory=Progress)
     fellows: Sequence["Item"] = ()
     decision: Decision | None = None
     windows: WindowProgress | None = None
     is_settled: bool = False
     outcome: Outcome | None = None
     error: Exception | None = None
-
-    def __post_init__(self) -> None:
-        monitor = self.job.monitor
-        self.is_short = self.text.chars <= 2 * PIECE
-        self.is_sampled = monitor is not None and monitor.samples()
-        self.asks_all_exits = self.job.asks_all_exits or (self.is_sampled and not self.job.asks_first_exit)
-        self.progress = Progress()
 
     @property
     def can_share(self) -> bool:
@@ -194,6 +187,7 @@ class Job:
         model: the model that runs the job.
         monitor: OOD monitor; None for shadow jobs.
         client: client of the request.
+        weight: number of its texts, each counted once for each model.
         in_groups: its texts may run in groups.
         has_layouts: a token classifier needs the layout of its texts' tokens.
         asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
@@ -222,6 +216,7 @@ class Job:
     model: Model = field(init=False)
     monitor: OodMonitor | None = field(init=False)
     client: str = field(init=False)
+    weight: int = field(init=False)
     items: list[Item] = field(init=False)
     in_groups: bool = field(init=False)
     has_layouts: bool = field(init=False)
@@ -259,19 +254,25 @@ class Job:
         self.asks_all_exits = request.explain or request.ood or monitors_ood or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
-        self.has_layouts = isinstance(self.choice.rule.kind, Spans) or any(
-            job.has_layouts for job in self.fellows
-        )
+        self.has_layouts = isinstance(self.choice.rule.kind, Spans)
+        if self.fellows:
+            self.has_layouts |= any(job.has_layouts for job in self.fellows)
+        self.weight = len(request.texts) * (1 + len(self.fellows))
+        monitor = self.monitor
         due, self.items = self.submitted, []
         for index, text in enumerate(request.texts):
-            predicted_s = deepest.timing.predict(text.chars, self.windows)
+            chars = text.chars
+            predicted_s = deepest.timing.predict(chars, self.windows)
             due += predicted_s
             item = Item(self, index, text, predicted_s, due)
+            item.is_short, item.asks_all_exits = chars <= 2 * PIECE, self.asks_all_exits
+            if monitor is not None and monitor.samples():
+                item.is_sampled, item.asks_all_exits = True, item.asks_all_exits or not self.asks_first_exit
             if self.in_groups:
-                item.group_s = deepest.group_s(tokens_of(text.chars))
+                item.group_s = deepest.group_s(tokens_of(chars))
             if budget_s is not None:
                 timings = (job.served.timing for job in self.team)
-                item.first_exit_s = max(t.predict_first_exit(text.chars, self.windows) for t in timings)
+                item.first_exit_s = max(t.predict_first_exit(chars, self.windows) for t in timings)
             if self.fellows:
                 item.fellows = [job.items[index] for job in self.fellows]
             for one in item.fellows:  # another model's budget may end its pass, too

@@ -170,8 +170,7 @@ def with_spans(choice: Choice, request: Request, manifest: Manifest) -> Choice:
 
     The calibration covers only the spans that the model returns without options.
     """
-    kind = manifest.kind
-    if not isinstance(kind, Spans) or request.spans is None:
+    if request.spans is None or not isinstance(kind := manifest.kind, Spans):
         return choice
     spans = request.spans.rule_for(manifest)
     if spans != kind.rule:

@@ -1,6 +1,7 @@
 """A bounded queue between the event loop and the engine threads, with fair scheduling between clients."""
 
 from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from threading import Condition, RLock
 
@@ -90,11 +91,14 @@ class WorkQueue:
                     return [shadow]
             share = -(-self._pending // threads)
             items = [self._take(heap)]
-            self._fill(items, share)
+            if self._pending:
+                self._fill(items, share)
             return items
 
     def join(self, items: list[Item], threads: int = 1) -> None:
         """Add pending items to a group between two steps, by the same rules as next()."""
+        if not self._pending:
+            return
         with self._lock:
             self._fill(items, len(items) + -(-self._pending // threads))
 
@@ -123,7 +127,7 @@ class WorkQueue:
                 item.job.is_dropped = True
             self._shadows.clear()
 
-    def charge(self, *spent: tuple[Job, float]) -> None:
+    def charge(self, spent: Sequence[tuple[Job, float]]) -> None:
         """Charge engine time, in seconds, to the clients of jobs; shadow jobs are not charged."""
         with self._lock:
             for job, seconds in spent:
@@ -202,7 +206,7 @@ class WorkQueue:
 
         Removes items of dropped jobs from the top of the heaps.
         """
-        return self._fair.clean(self._admitted) or self._fair.first()
+        return (self._admitted and self._fair.clean(self._admitted)) or self._fair.first()
 
     def _drops(self, item: Item) -> bool:
         """True if the item's job was dropped; the item then no longer counts."""

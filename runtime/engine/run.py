@@ -6,6 +6,7 @@ The windows of a text that has several run one after the other, until its answer
 from collections.abc import Callable
 from time import perf_counter
 
+from de3.exits.reading import SpansReading
 from de3.model_store.segments import Tokens
 from de3.runtime.engine.job import Item
 from de3.runtime.engine.outcome import Decisive, Outcome, Window
@@ -56,7 +57,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
         progress.model_s += spent
         progress.layer = forward.layer
         if forward.is_done or job.is_dropped:
-            queue.charge((job, spent))
+            queue.charge([(job, spent)])
             return forward.is_done
         if queue.has_more_urgent_than(item, spent):
             queue.requeue(item)
@@ -88,8 +89,9 @@ def _outcome_of(item: Item) -> Outcome:
     reading = passed[-1]  # at a deadline: the deepest answer so far
     if combination is not None:
         reading = combination.reading(last=reading)
-    for one in (*passed, reading):
-        one.finish()  # here and not on the event loop, which a long text would block for 0.1 s
+    if isinstance(reading, SpansReading):
+        for one in (*passed, reading):
+            one.finish()  # here and not on the event loop, which a long text would block for 0.1 s
     pending_s = perf_counter() - item.job.submitted - progress.tokenize_s - progress.model_s
     if item.is_sampled and item.job.monitor is not None:
         item.job.monitor.sample(passed[0])
@@ -129,7 +131,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
         try:
             tokens = progress.tokenization.step()
         except ValueError as error:
-            queue.charge((job, perf_counter() - started))
+            queue.charge([(job, perf_counter() - started)])
             raise too_long_error(item, error) from None
         finally:
             spent = perf_counter() - started
@@ -141,10 +143,10 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
                 item.is_short = False  # too long for a group
                 item.start_windows(tokens)
             progress.tokenization = None
-            queue.charge((job, spent))
+            queue.charge([(job, spent)])
             return True
         if job.is_dropped:
-            queue.charge((job, spent))
+            queue.charge([(job, spent)])
             return False
         if queue.has_more_urgent_than(item, spent):
             queue.requeue(item)

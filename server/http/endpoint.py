@@ -94,7 +94,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     service, scope, protocol = frontend.service, exchange.scope, route.protocol
     if not service.is_open:
         await service.wait_until_open()
-    service.check_open()
+        service.check_open()
     exchange.owner, client = frontend.sender(scope)
     settings = service.settings
     body = await read_body(scope, receive, settings.max_body_bytes)

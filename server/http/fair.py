@@ -12,25 +12,26 @@ T = TypeVar("T")
 
 
 class RoundRobin(Generic[T]):
-    """Pending items, taken in rotation over their owners."""
+    """Pending items, taken in rotation over their owners.
+
+    Attributes:
+        pending: the items by owner, in the order of rotation.
+    """
 
     def __init__(self) -> None:
-        self._pending: dict[str, deque[T]] = {}  # by owner, in the order of rotation
-
-    def __bool__(self) -> bool:
-        return bool(self._pending)
+        self.pending: dict[str, deque[T]] = {}
 
     def add(self, owner: str, item: T) -> None:
         """Append an item to the queue of its owner."""
-        self._pending.setdefault(owner, deque()).append(item)
+        self.pending.setdefault(owner, deque()).append(item)
 
     def take(self) -> T:
         """Remove the first item of the next owner, who moves to the end."""
-        owner = next(iter(self._pending))
-        items = self._pending.pop(owner)
+        owner = next(iter(self.pending))
+        items = self.pending.pop(owner)
         item = items.popleft()
         if items:
-            self._pending[owner] = items
+            self.pending[owner] = items
         return item
 
 
@@ -49,7 +50,7 @@ class StartQueue:
 
     def add(self, network: str, start: Callable[[], None]) -> None:
         """Start a request now, or when it is the turn of its network."""
-        if self._left and not self._pending:
+        if self._left and not self._pending.pending:
             self._left -= 1
             start()
         else:
@@ -60,8 +61,8 @@ class StartQueue:
 
     def _begin_round(self) -> None:
         """Start pending requests in a new iteration of the event loop."""
-        self._left, self._is_scheduled = AT_ONCE, bool(self._pending)
-        while self._left and self._pending:
+        self._left, self._is_scheduled = AT_ONCE, bool(self._pending.pending)
+        while self._left and self._pending.pending:
             self._left -= 1
             try:
                 self._pending.take()()

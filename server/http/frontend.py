@@ -92,10 +92,8 @@ class Frontend:
             return self.client(scope, "") if needs_body else None
         if self.sheds(scope):
             raise self._shed_error
-        if (
-            self.service.settings.processes < 2
-        ):  # otherwise it may wait for the models, if another process is ready
-            self.service.check_open()
+        if not self.service.is_open and self.service.settings.processes < 2:
+            self.service.check_open()  # of several processes, another one may be ready
         scope["de3.owner"] = owner = self.access.user(scope)
         scope["de3.client"] = client = self.client(scope, owner)
         return client
