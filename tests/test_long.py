@@ -1,6 +1,7 @@
 """Texts longer than a window: windows, their combined answer, and when it is settled; in the engine and over HTTP."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
