@@ -26,6 +26,7 @@ from de3.runtime.errors import Cause, RequestError
 from de3.runtime.options import ExitOptions
 from de3.runtime.rules import Choice, Rules
 from de3.server import infer
+from de3.server.http import classify
 from de3.server.http.errors import STATUSES
 from de3.server.settings import Settings
 from tests.fixtures import make_rows
@@ -195,6 +196,24 @@ def test_bad_input_is_explained_and_survived(
     assert (error["code"], error["param"]) == (status, param)
     assert message in error["message"]
     assert server.classify(input="fine").status_code == 200
+
+
+def test_what_was_asked_before_is_told_from_what_python_finds_equal(server: Server) -> None:
+    """The options of earlier requests are kept, those of a limited number."""
+    asked: list[tuple[str, Any]] = [('"tau": 0', 0.0), ('"tau": false', None), ('"explain": 1.0', None)]
+    asked += [
+        ('"explain": 1', None),
+        ('"tau": 1', 1.0),
+        ('"tau": true', None),
+        ('"tau": 1, "signal": 1', None),
+    ]
+    asked += [(f'"tau": 0.{number:03}', number / 1000) for number in range(classify.MAX_FORMS + 2)]
+    asked += [(f'"request_id": "{"a" * classify.MAX_FORM}"', None)]
+    for options, tau in [*asked, *asked[:8], *reversed(asked)]:
+        answer = httpx.post(server.url + "/classify", content=f'{{"input": "a", "model": "tiny", {options}}}')
+        assert answer.status_code == (422 if tau is None else 200), options
+        assert tau is None or answer.json()["data"][0]["exit"]["tau"] == tau
+    assert len(classify._FORMS) <= classify.MAX_FORMS
 
 
 def test_health_ready_and_docs(server: Server) -> None:
