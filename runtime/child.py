@@ -18,6 +18,14 @@ def command_of(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-X", "utf8", "-c", code, *arguments]
 
 
+def import_nothing_from_here() -> None:
+    """Keep the processes that multiprocessing starts from importing modules from the working directory.
+
+    It may be the folder of a model, with files that look like the modules of libraries.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
 def end_with(parent: int) -> None:
     """Have the kernel kill this process, even if it is stopped, once its parent has ended; exit if it already has.
 

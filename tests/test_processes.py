@@ -39,17 +39,19 @@ TEXTS = [text for text, _ in make_rows(600, 91)]
 class Running:
     """`de3 serve --processes 2` as a user runs it.
 
-    code: Python code to run instead of `de3`, with the same arguments.
+    folder: the working directory. code: Python code to run instead of `de3`, with the same arguments.
     """
 
     systemd: socket.socket
 
-    def __init__(self, store: Path, *arguments: str, code: str = "") -> None:
-        program = ["-c", code] if code else ["-m", "de3.cli"]
-        command = [sys.executable, *program, "serve", "--store", str(store), "--processes", "2", *arguments]
+    def __init__(self, store: Path, folder: Path, code: str, *arguments: str) -> None:
+        # The `de3` script, too, has no working directory on its path.
+        program = [sys.executable, "-c", f"import sys; sys.path[0] = {str(Path.cwd())!r}; {code}"]
+        command = [*program, "serve", "--store", str(store), "--processes", "2", *arguments]
         environment = {**os.environ, "DE3_PORT": "0", "DE3_ADMIN_KEYS": f"root {ADMIN}"}
         self.headers: dict[str, str] = {}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stderr=pipe, text=True, env=environment, cwd=folder)
         self.log: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -120,9 +122,9 @@ def classify(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(store: Path, *arguments: str, code: str = "", key: str = "") -> Iterator[Running]:
-    server = Running(store, *arguments, code=code)
-    server.headers = {"Authorization": f"Bearer {key}"} if key else {}
+def running(store: Path, folder: Path, code: str, key: str, *arguments: str) -> Iterator[Running]:
+    server = Running(store, folder, code, *arguments)
+    server.headers = {"Authorization": f"Bearer {key}"}
     try:
         yield server.wait()
     finally:
@@ -169,10 +171,12 @@ def server(versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         systemd.bind(f"{folder}/notify")
         systemd.settimeout(60)
         patch.setenv("NOTIFY_SOCKET", f"{folder}/notify")
-        with running(versions, *options.split(), code=BROKEN, key=USER) as one:
+        (folder / "orjson.py").write_text("open('planted', 'w')")
+        with running(versions, folder, BROKEN, USER, *options.split()) as one:
             (folder / "keys").unlink()  # a process that replaces another has the keys of the start
             one.systemd = systemd
             yield one
+        assert not (folder / "planted").exists()  # no process imports from the working directory
 
 
 def test_a_supervisor_goes_on_after_errors(server: Running) -> None:
