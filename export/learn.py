@@ -21,7 +21,7 @@ from de3.export.fit import Exits
 from de3.export.publish import as_stored, write_exits
 from de3.export.record import recorded_spans
 from de3.export.records import check, groups_of, opened, opened_model, part_of, recorded, texts_of, thinned
-from de3.model_store.fitted import FittedTexts
+from de3.model_store.fitted import MAX_FITTED, FittedTexts
 from de3.model_store.manifest import FITTED, Learned, Manifest, base_of
 from de3.model_store.model import fitted_of
 from de3.model_store.records import Records
@@ -30,7 +30,6 @@ from de3.progress import console
 from de3.runtime.fit import Found, HeldOut, Job
 
 HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and maximum number of the new texts that test the exits
-MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # loss of accuracy at the default τ, which a server without a guarantee uses
 SEED = 0
 TOKENS = 20_000  # tokens of a token classifier to which exits are fitted

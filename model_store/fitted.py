@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from de3.model_store.segments import Tokens
 
+MAX_FITTED = 20_000  # texts of a learned version
 MOST_PIECES = 256  # distinct ones of a text; of longer texts, those with the smallest hashes
 MOST_COUNT = 2**16 - 1
 NO_PIECE = 2**32 - 1  # fills the row of a text with fewer pieces

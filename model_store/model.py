@@ -11,7 +11,7 @@ from safetensors.numpy import load as load_tensors
 from de3.model_store import proof
 from de3.model_store.architecture import Architecture
 from de3.model_store.encoder import Encoder, Encoders
-from de3.model_store.fitted import FittedTexts
+from de3.model_store.fitted import MAX_FITTED, FittedTexts
 from de3.model_store.forward import LayerByLayer, NativeForward
 from de3.model_store.graph import GraphError, stored
 from de3.model_store.graph_check import read_model
@@ -362,7 +362,10 @@ def fitted_of(artifact: Artifact) -> FittedTexts | None:
     if FITTED not in artifact.manifest.required_files():
         return None
     try:
-        return FittedTexts(_tensors(artifact, FITTED)["pieces"])
+        pieces = _tensors(artifact, FITTED)["pieces"]
+        if len(pieces) > MAX_FITTED:  # each audit compares all of them
+            raise ValueError(f"pieces has {len(pieces)} texts; at most {MAX_FITTED} are allowed")
+        return FittedTexts(pieces)
     except (ValueError, KeyError) as error:
         raise StoreError(f"{artifact.path / FITTED}: {error}") from None
 

@@ -40,7 +40,7 @@ from de3.model_store.fitted import MOST_PIECES, NO_PIECE, FittedTexts, Pieces, p
 from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
 from de3.model_store.model import Model, fitted_of
 from de3.model_store.records import Records, joined, read
-from de3.model_store.store import Artifact, Store
+from de3.model_store.store import Artifact, Store, StoreError
 from de3.runtime.errors import RequestError
 from de3.runtime.fit import Found, HeldOut, Job
 from de3.runtime.rules import Rules
@@ -584,6 +584,17 @@ def test_exits_are_imported_from_the_records_of_several_servers(
     assert made.manifest.learned is None and len(made.manifest.exit_layers) > 1
     (tmp_path / "b").write_bytes(b"no")
     assert "b: it is damaged" in refusal(f"import base --records {tmp_path}/b --name x --store {store}")
+
+
+def test_a_version_that_was_fitted_to_too_many_texts_is_refused(
+    learned: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each audit would compare all of them."""
+    fitted = fitted_of(learned[1])
+    assert fitted is not None
+    monkeypatch.setattr("de3.model_store.model.MAX_FITTED", len(fitted.pieces) - 1)
+    with pytest.raises(StoreError, match=f"pieces has {len(fitted.pieces)} texts; at most"):
+        fitted_of(learned[1])
 
 
 def test_a_learned_version_is_calibrated_on_texts_that_its_exits_have_not_seen(
