@@ -35,6 +35,8 @@ ADMIN, USER = "an-admin-key-of-some-length", "a-user-key-of-some-length"
 OTHER, THIRD = "another-key-of-some-length", "a-third-key-of-some-length"
 TEXTS = [text for text, _ in make_rows(600, 91)]
 
+DE3 = "from de3.cli import main; main()"
+
 
 class Running:
     """`de3 serve --processes 2` as a user runs it.
@@ -44,7 +46,7 @@ class Running:
 
     systemd: socket.socket
 
-    def __init__(self, store: Path, folder: Path, code: str, *arguments: str) -> None:
+    def __init__(self, store: Path, *arguments: str, code: str = DE3, folder: Path | None = None) -> None:
         # The `de3` script, too, has no working directory on its path.
         program = [sys.executable, "-c", f"import sys; sys.path[0] = {str(Path.cwd())!r}; {code}"]
         command = [*program, "serve", "--store", str(store), "--processes", "2", *arguments]
@@ -123,7 +125,7 @@ def classify(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 @contextmanager
 def running(store: Path, folder: Path, code: str, key: str, *arguments: str) -> Iterator[Running]:
-    server = Running(store, folder, code, *arguments)
+    server = Running(store, *arguments, code=code, folder=folder)
     server.headers = {"Authorization": f"Bearer {key}"}
     try:
         yield server.wait()

@@ -18,6 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.criteria import Limits
@@ -88,6 +90,32 @@ def _repeat(times: int, text: str, rng: random.Random, others: Sequence[str]) ->
     return " ".join([text] * times + rng.sample(sorted(new), min(len(new), len(words) + 4)))
 
 
+def _synonym(text: str, rng: random.Random, _: Sequence[str]) -> str:
+    words = text.lower().split()
+    return " ".join(
+        rng.choice(_ALIKE[word]) if word in _ALIKE and rng.random() < 0.7 else word for word in words
+    )
+
+
+_ALIKE: dict[str, list[str]] = {}  # words with the nearest embeddings, of the attacked model
+
+
+def _find_alike(stock: Path) -> None:
+    """Fill _ALIKE with two words for each word of the vocabulary that has any with a similar embedding."""
+    names = Tokenizer.from_file(str(stock / "tokenizer.json")).get_vocab()
+    words = sorted(name for name in names if name.isalpha() and name.isascii())
+    tensors = load_file(stock / "model.safetensors")
+    table = next(found for name, found in tensors.items() if name.endswith("word_embeddings.weight"))
+    rows = table[[names[word] for word in words]].astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for start in range(0, len(words), 1000):
+        alike = rows[start : start + 1000] @ rows.T
+        alike[np.arange(len(alike)), np.arange(start, start + len(alike))] = -1.0
+        for i, best in enumerate(np.argpartition(-alike, 2, axis=1)[:, :2]):
+            if found := [words[k] for k in best if alike[i, k] > 0.3]:
+                _ALIKE[words[start + i]] = found
+
+
 EDITS: dict[str, Edit] = {
     "point": lambda text, *_: f"{text} .",
     "well": lambda text, *_: f"well , {text}",
@@ -98,6 +126,7 @@ EDITS: dict[str, Edit] = {
     "word": partial(_keep, 0.0),
     "replace": partial(_replace, 0.25),
     "misspell": _misspell,
+    "synonym": _synonym,
     "add": partial(_add, 2),
     "add4": partial(_add, 4),
     "twice": partial(_repeat, 2),
@@ -181,6 +210,7 @@ class Source:
 
     def __init__(self, stock: Path, has_upstream: bool) -> None:
         """has_upstream: full depth is an upstream, which gives the labels of the last layer."""
+        _find_alike(stock)
         with TemporaryDirectory() as folder:
             convert(Stock.open("stock", stock), Store(Path(folder)), "base", "int8")
             self._model = Model(Store(Path(folder)).open("base"))
