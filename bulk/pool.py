@@ -20,7 +20,7 @@ from de3.model_store.manifest import encoder_hashes
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.native.network import Memory, can_share_memory
-from de3.runtime.child import import_nothing_from_here
+from de3.runtime.child import ignore_working_directory
 from de3.runtime.engine.plan import check_encoders
 from de3.runtime.errors import RequestError
 from de3.runtime.loading import by_depth
@@ -87,7 +87,7 @@ class LocalPool:
         del models
         shared = self._weights if has_kernels else None
         opened = partial(_open, artifacts, each, has_kernels, os.getpid(), shared, options, upstreams)
-        import_nothing_from_here()
+        ignore_working_directory()
         context = get_context("forkserver" if self.size > 1 else "spawn")
         if self.size > 1:
             context.set_forkserver_preload([__name__])

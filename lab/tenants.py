@@ -31,7 +31,7 @@ from de3.server.settings import Settings
 from lab.attacks import WORDS
 from lab.learn import WINDOW, Answer, send, truth
 from lab.options import show
-from lab.studies.copies import Attack, stream
+from lab.studies.copies import Attack, find_alike, stream
 from lab.well_behaved import Phase, WellBehavedClient, authorized
 
 BATCH = 256
@@ -235,6 +235,8 @@ def copies(
     rng = random.Random(1)
     rng.shuffle(found)
     next_texts = found[own : own + unseen]
+    if chosen.edit == "synonym":
+        find_alike(stock)
     sent = stream(chosen, found[:own], found[own + unseen :], rng)
     keys = ["", ""] if chosen.sender == "keyless" else [_key(0), _key(1)]
     with _learning(stock, 0 if chosen.sender == "keyless" else 2, guarantee, port) as url:

@@ -18,7 +18,7 @@ def command_of(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-X", "utf8", "-c", code, *arguments]
 
 
-def import_nothing_from_here() -> None:
+def ignore_working_directory() -> None:
     """Keep the processes that multiprocessing starts from importing modules from the working directory.
 
     It may be the folder of a model, with files that look like the modules of libraries.

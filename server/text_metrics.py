@@ -56,7 +56,7 @@ class Tallied:
 
 
 class _Row(NamedTuple):
-    """What is counted of a text."""
+    """The values of one text that are counted."""
 
     reason: ExitReason
     layer: int

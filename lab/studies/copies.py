@@ -91,6 +91,7 @@ def _repeat(times: int, text: str, rng: random.Random, others: Sequence[str]) ->
 
 
 def _synonym(text: str, rng: random.Random, _: Sequence[str]) -> str:
+    assert _ALIKE, "find_alike() comes first"
     words = text.lower().split()
     return " ".join(
         rng.choice(_ALIKE[word]) if word in _ALIKE and rng.random() < 0.7 else word for word in words
@@ -100,7 +101,7 @@ def _synonym(text: str, rng: random.Random, _: Sequence[str]) -> str:
 _ALIKE: dict[str, list[str]] = {}  # words with the nearest embeddings, of the attacked model
 
 
-def _find_alike(stock: Path) -> None:
+def find_alike(stock: Path) -> None:
     """Fill _ALIKE with two words for each word of the vocabulary that has any with a similar embedding."""
     names = Tokenizer.from_file(str(stock / "tokenizer.json")).get_vocab()
     words = sorted(name for name in names if name.isalpha() and name.isascii())
@@ -210,7 +211,6 @@ class Source:
 
     def __init__(self, stock: Path, has_upstream: bool) -> None:
         """has_upstream: full depth is an upstream, which gives the labels of the last layer."""
-        _find_alike(stock)
         with TemporaryDirectory() as folder:
             convert(Stock.open("stock", stock), Store(Path(folder)), "base", "int8")
             self._model = Model(Store(Path(folder)).open("base"))
@@ -315,6 +315,8 @@ def fit(source: Source, texts: Sequence[str], attack: Attack, rate: float, seed:
 def _fits(
     attack: str, stock: Path, texts: Sequence[str], rate: float, has_upstream: bool, count: int
 ) -> list[Outcome]:
+    if Attack.of(attack).edit == "synonym":
+        find_alike(stock)
     source = Source(stock, has_upstream)
     return [fit(source, texts, Attack.of(attack), rate, seed) for seed in range(count)]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from de3.model_store.store import Artifact, Store
 from de3.runtime.background import keep_running, report, report_unhandled, run_once
-from de3.runtime.child import import_nothing_from_here
+from de3.runtime.child import ignore_working_directory
 from de3.server.http.access import Access
 from de3.server.http.http_server import hint, say_draining, say_ready, stop_signals, url_of
 from de3.server.models import default_of, find
@@ -55,7 +55,7 @@ class Supervisor:
         self._access = Access(settings)
         # A process that is started later has the same keys, even if the files have changed.
         self._part = worker.part_of(settings, settings.processes).model_copy(update=self._access.keys)
-        import_nothing_from_here()
+        ignore_working_directory()
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(["__main__", worker.__name__])
         self._group, self._weights = Group(settings.processes), Weights()
