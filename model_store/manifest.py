@@ -440,7 +440,8 @@ class Manifest(Architecture):
     def required_files(self) -> list[str]:
         """Files that the artifact must have."""
         exits = [] if self.has_old_exits else [EXITS]
-        fitted = [FITTED] if self.learned is not None and self.learned.cut is not None else []
+        is_learned = self.learned is not None and self.learned.cut is not None
+        fitted = [FITTED] if is_learned or FITTED in self.files else []
         return [*self.segment_files(), *exits, PROTOTYPES, TOKENIZER, *fitted]
 
     @property

@@ -11,7 +11,7 @@ from safetensors.numpy import load as load_tensors
 from de3.model_store import proof
 from de3.model_store.architecture import Architecture
 from de3.model_store.encoder import Encoder, Encoders
-from de3.model_store.fitted import MAX_FITTED, FittedTexts
+from de3.model_store.fitted import MAX_FITTED, FittedTexts, Marks, mark_of
 from de3.model_store.forward import LayerByLayer, NativeForward
 from de3.model_store.graph import GraphError, stored
 from de3.model_store.graph_check import read_model
@@ -205,6 +205,10 @@ class Model:
         assert isinstance(tokens, Tokens)  # not Windows, as start() allows one window by default
         return tokens
 
+    def marks(self, tokens: Tokens) -> Marks:
+        """What shows whether a text is near to others; runs the embeddings."""
+        return mark_of(tokens, self.encoder.layers.embed(tokens), self.pooling)
+
     def empty_states(self) -> Array:
         """A zero array for the pooled states of a text, (num_states, hidden); see Decision.states."""
         return np.zeros((self.manifest.num_states, self.manifest.hidden_size), np.float32)
@@ -355,17 +359,21 @@ def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
 
 
 def fitted_of(artifact: Artifact) -> FittedTexts | None:
-    """The texts that learned exits were fitted to; None for other models and those of earlier releases.
+    """The texts of live traffic that exits were fitted to; None for other models and those of earlier releases.
 
     Raises StoreError for a damaged file.
     """
     if FITTED not in artifact.manifest.required_files():
         return None
     try:
-        pieces = _tensors(artifact, FITTED)["pieces"]
+        tensors = _tensors(artifact, FITTED)
+        pieces, means = tensors["pieces"], tensors.get("means")
         if len(pieces) > MAX_FITTED:  # each audit compares all of them
             raise ValueError(f"pieces has {len(pieces)} texts; at most {MAX_FITTED} are allowed")
-        return FittedTexts(pieces)
+        hidden = artifact.manifest.hidden_size
+        if means is not None and means.shape[1:] != (hidden,):
+            raise ValueError(f"means must have {hidden} values for each text, got {means.shape[1:]}")
+        return FittedTexts(pieces, means)
     except (ValueError, KeyError) as error:
         raise StoreError(f"{artifact.path / FITTED}: {error}") from None
 

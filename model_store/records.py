@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from de3.exits.spans import Layout
-from de3.model_store.fitted import MOST_PIECES, Pieces
+from de3.model_store.fitted import MOST_PIECES, Marks, Pieces
 from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import write_private_file
 from de3.model_store.segments import Tokens
@@ -38,7 +38,7 @@ class Records:
     Attributes:
         base: hash of the model's weights and tokenizer; see manifest.base_of.
         states: mean over the tokens after each layer but the last, from layer 0 on, (n, num_layers, hidden) float16; of
-            a token classifier, empty.
+            a token classifier, after layer 0 only, (n, 1, hidden).
         logits: logits at full depth, (n, K) float32; of a token classifier, empty.
         ids: of a token classifier, the tokens of each text (see packed), then −1, (n, MOST_TOKENS) int32; otherwise
             empty.
@@ -49,6 +49,7 @@ class Records:
         numbers: estimated position of each text in the traffic, ascending, (n,) int64.
         clients: index of each text's client in `names`, (n,) int32.
         pieces: the word pieces of each text, (n, MOST_PIECES); see fitted.pieces_of.
+        spreads: of the tokens after layer 0, (n,) float32; see fitted.Marks.
         names: names of the clients.
         texts: estimated number of texts of each client, recorded or not; in the order of `names`.
     """
@@ -65,9 +66,15 @@ class Records:
     extra: NDArray[np.bool_]
     ids: NDArray[np.int32]
     pieces: Pieces
+    spreads: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def marks(self) -> Marks:
+        """What shows whether the texts are near to others."""
+        return Marks(self.pieces, self.states[:, 0], self.spreads)
 
     def part(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Records":
         """The records at these rows."""
@@ -110,10 +117,11 @@ _SHAPES = {
     "extra": (1, "BOOL"),
     "ids": (2, "I32"),
     "pieces": (2, "U32"),
+    "spreads": (1, "F32"),
 }
 _OPTIONAL = ("extra",)  # missing in files of earlier releases
-# A file has the states and logits of texts or, for a token classifier, their tokens.
-_OF_TEXTS, _OF_TOKENS = ("states", "logits"), ("ids",)
+# A file has the logits of texts or, for a token classifier, their tokens.
+_OF_TEXTS, _OF_TOKENS = ("logits",), ("ids",)
 
 
 def packed(tokens: Tokens) -> NDArray[np.int32] | None:
@@ -131,7 +139,7 @@ def packed(tokens: Tokens) -> NDArray[np.int32] | None:
 def shape_of(manifest: Manifest) -> tuple[int, int, int, int]:
     """The sizes of a model's records: layers, hidden, K and tokens, as Records.check takes them."""
     if manifest.is_spans:
-        return 0, 0, 0, MOST_TOKENS
+        return 1, manifest.hidden_size, 0, MOST_TOKENS
     return manifest.num_states, manifest.hidden_size, len(manifest.labels), 0
 
 
@@ -150,7 +158,6 @@ def read(path: Path, max_bytes: int) -> Records:
             arrays = {name: file.get_tensor(name) for name in _SHAPES if name in file.keys()}  # noqa: SIM118
             n = len(arrays["keys"])
             arrays.setdefault("extra", np.zeros(n, np.bool_))
-            arrays.setdefault("states", np.zeros((n, 0, 0), np.float16))
             arrays.setdefault("logits", np.zeros((n, 0), np.float32))
             arrays.setdefault("ids", np.zeros((n, 0), np.int32))
     except SafetensorError as error:

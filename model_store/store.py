@@ -40,7 +40,7 @@ NEWEST = "newest"  # the content of a file that pins no version
 MAX_MANIFEST_BYTES = 2**21
 MAX_ARTIFACT_BYTES = 2**32  # all loaded files together
 MAX_MESSAGE = 500  # characters of an error message, which may quote an artifact
-MAX_FILE_BYTES = {TOKENIZER: 2**26, PROTOTYPES: 2**28, EXITS: 2**30, FITTED: 2**25, "README.md": 2**20}
+MAX_FILE_BYTES = {TOKENIZER: 2**26, PROTOTYPES: 2**28, EXITS: 2**30, FITTED: 2**28, "README.md": 2**20}
 STALE_S = 86_400  # age of an abandoned draft: no export takes a day
 
 

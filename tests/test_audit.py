@@ -31,7 +31,7 @@ from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
 from de3.exits.spans import SpanRule
 from de3.export import recalibrate, records
-from de3.model_store.fitted import FittedTexts, pieces_of
+from de3.model_store.fitted import FittedTexts, Marks, pieces_of
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, Store
@@ -443,6 +443,7 @@ def made(store: Path, version: int = 1, guarantee: float | None = None, **change
     manifest = Store(store).open("tiny").manifest.model_copy(update={"version": version, **changes})
     model = SimpleNamespace(manifest=manifest, full_name=f"tiny:{version}", runtime="onnxruntime", path=store)
     model.fitted, model.empty_states = None, lambda: STATES
+    model.marks = lambda tokens: Marks(pieces_of(tokens), np.zeros(1, np.float16), np.zeros((), np.float32))
     rules = Rules(manifest, Settings(tau=TAU) if guarantee is None else Settings(guarantee=guarantee))
     monitor = SimpleNamespace(tau_factor=1.0, is_far=lambda _: False)
     return SimpleNamespace(model=model, rules=rules, monitor=monitor)
@@ -691,8 +692,9 @@ def test_a_text_in_windows_is_no_evidence_if_one_of_them_is_near_to_a_fitted_tex
     def key_of(*parts: int) -> int | None:
         """The key of a text in windows, of which the windows 7 are near."""
         one: Any = SimpleNamespace(_has_guarantee=True, served=SimpleNamespace(model=SimpleNamespace()))
-        one.served.model.fitted = SimpleNamespace(is_near=lambda window: window == 7)
-        with mock.patch.multiple(auditor, pieces_of=int, _key=lambda _: 1):
+        model = one.served.model
+        model.fitted, model.marks = SimpleNamespace(is_near=lambda window: window == 7), int
+        with mock.patch.object(auditor, "_key", lambda _: 1):
             return Auditor._evidence_key(one, Texts(parts))  # type: ignore[arg-type]
 
     assert (key_of(1, 2, 3), key_of(1, 7, 3), key_of(7, 7), key_of(7, 1), key_of(1, 7)) == (1, *[None] * 4)
@@ -1066,7 +1068,7 @@ def test_an_audited_text_near_to_a_fitted_one_has_no_key(answering: Answerings) 
         Tokens(np.array([[9, *ids, 9]]), np.zeros((1, 0)), truncated=False) for ids in ([1, 2, 3], [4, 5, 6])
     ]
     found = []
-    for fitted in (None, FittedTexts(pieces_of(texts[0])[None])):
+    for fitted in (None, FittedTexts(pieces_of(texts[0])[None], None)):
         one = answering(guarantee=0.2)
         one.served.model.fitted = fitted
         for text in texts:

@@ -36,7 +36,7 @@ from de3.export.publish import as_stored
 from de3.export.records import opened, thinned
 from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
-from de3.model_store.fitted import MOST_PIECES, NO_PIECE, FittedTexts, Pieces, pieces_of
+from de3.model_store.fitted import CLOSE, MOST_PIECES, NO_PIECE, FittedTexts, Marks, Pieces
 from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
 from de3.model_store.model import Model, fitted_of
 from de3.model_store.records import Records, joined, read
@@ -101,10 +101,11 @@ def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("on
     manifest, n = model.manifest, len(texts)
     states = np.zeros((n, manifest.num_layers, manifest.hidden_size), np.float16)
     logits = np.zeros((n, len(manifest.labels)), np.float32)
-    pieces = np.zeros((n, MOST_PIECES), np.uint32)
+    pieces, spreads = np.zeros((n, MOST_PIECES), np.uint32), np.zeros(n, np.float32)
     for i, text in enumerate(texts):
         tokens = model.tokenize(text)
-        steps, pieces[i] = model.full_depth(tokens), pieces_of(tokens)
+        steps, marks = model.full_depth(tokens), model.marks(tokens)
+        pieces[i], spreads[i] = marks.pieces, marks.spreads
         states[i] = [model.pooling.mean(step.hidden) for step in steps[:-1]]
         logits[i] = steps[-1].logits
     number = np.arange(n)
@@ -112,7 +113,7 @@ def records_of(model: Model, texts: Sequence[str], clients: Sequence[str] = ("on
     keys = number.astype(np.uint64)
     texts_by = [float(n) / len(clients)] * len(clients)
     names, shares = list(clients), np.ones(n)
-    rest = names, texts_by, np.zeros(n, np.bool_), np.zeros((n, 0), np.int32), pieces
+    rest = names, texts_by, np.zeros(n, np.bool_), np.zeros((n, 0), np.int32), pieces, spreads
     return Records(base_of(manifest), states, logits, shares, keys, number, owners, *rest)
 
 
@@ -148,7 +149,7 @@ def record(
     number: int = 0, client: str = "one", share: float = 1.0, shape: tuple[int, int] = (2, 3)
 ) -> Record:
     states, logits = np.full(shape, number, np.float16), np.zeros(2, np.float32)
-    return Record(client, share, number, pieces_with(number), states, logits)
+    return Record(client, share, number, pieces_with(number), 0.5, states, logits)
 
 
 def pieces_with(*hashes: int) -> Pieces:
@@ -164,7 +165,7 @@ def held(key: int | None, number: int = 10, client: str = "one", **fields: Any) 
 
 
 def reservoir(capacity: int, half_life: float = 1e9) -> Reservoir:
-    size = 2 * 2 * 3 + 4 * (2 + MOST_PIECES) + 37
+    size = 2 * 2 * 3 + 4 * (2 + MOST_PIECES) + 41
     return Reservoir("base", (2, 3), 2, capacity * size, half_life)
 
 
@@ -304,7 +305,7 @@ def traffic(clients: Sequence[int], extra: Sequence[bool]) -> Records:
     empty = np.zeros((n, 0, 0), np.float16), np.zeros((n, 0), np.float32), np.ones(n)
     sample = *empty, np.zeros(n, np.uint64), numbers, np.array(clients, np.int32), ["a", "b", "c"], [1.0] * 3
     ids, pieces = np.zeros((n, 0), np.int32), np.zeros((n, MOST_PIECES), np.uint32)
-    return Records("", *sample, np.array(extra), ids, pieces)
+    return Records("", *sample, np.array(extra), ids, pieces, np.zeros(n, np.float32))
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, max_size=60), st.integers(0, 30))
@@ -330,6 +331,7 @@ def test_the_newest_are_fitted_and_tests_are_limited() -> None:
         assert fits.numbers.tolist() == list(range(10_001 - most, 30_001 - most))
 
 
+@pytest.mark.parametrize("has_same_words", [False, True])
 @pytest.mark.parametrize("has_upstream", [False, True])
 @pytest.mark.parametrize("by_client", [False, True])
 def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
@@ -337,6 +339,7 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
     base: Artifact,
     by_client: bool,
     has_upstream: bool,
+    has_same_words: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -344,12 +347,17 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
 
     If each client has a guarantee of its own, all its held-out records test, even if it sends far less than another.
     Texts with most of the words of many others, sent before the copies, hide none of them, even if comparing with all
-    takes too much work.
+    takes too much work. Copies in other words of the same meaning are near, too.
     """
     monkeypatch.setattr("de3.model_store.fitted.MOST_COMPARED", 2000)
     pieces = np.stack([pieces_with(*range(10 * i, 10 * i + 10)) for i in range(400)])
     pieces[300:] = pieces[:100]
     pieces[300:, 9] = NO_PIECE  # nine of ten
+    states, spreads = some.states.copy(), np.zeros(1600, np.float32)
+    if not has_same_words:
+        pieces[300:] = np.stack([pieces_with(*range(10 * i, 10 * i + 10)) for i in range(300, 400)])
+        states[300:, 0] = states[:100, 0] + 0.01
+        spreads[1500:] = 1.2 * some.states.shape[2] * 0.01**2 / CLOSE
     decoys = np.stack(
         [
             pieces_with(*(p for p in range(250 * (i % 4), 250 * (i % 4 + 1)) if p % 10 < 9))
@@ -358,8 +366,9 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
     )
     rows = np.concatenate([np.zeros(1200, np.int64), np.arange(400)])
     copied = replace(
-        some.part(rows),
+        replace(some, states=states).part(rows),
         pieces=np.concatenate([decoys, pieces]),
+        spreads=spreads,
         texts=[4800.0, 400.0] if by_client else some.texts,
         numbers=np.arange(1600),
         extra=np.arange(1600) < 1200,
@@ -380,7 +389,8 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
 
 def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
     """Texts that are all near to each other are no new texts."""
-    for few in (some.part(np.arange(8)), replace(some, pieces=np.full_like(some.pieces, NO_PIECE))):
+    without_pieces = replace(some, pieces=np.full_like(some.pieces, NO_PIECE))
+    for few in (some.part(np.arange(8)), without_pieces, replace(some, spreads=some.spreads + 1e6)):
         with pytest.raises(ValueError, match="too few"):
             learning.fit_exits(few, base.manifest, 1, Limits(0.2))
 
@@ -388,6 +398,15 @@ def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
 def ledger_of(manifest: Manifest, **settings: Any) -> Ledger:
     on = Settings(guarantee=0.05, **settings)
     return Ledger(manifest, Rules(manifest, on), "native", 1.0, on)
+
+
+def marked(pieces: Pieces) -> Marks:
+    """The marks of a text whose embeddings are not near to any."""
+    return Marks(pieces, np.zeros(1, np.float16), np.zeros((), np.float32))
+
+
+def fitted_to(pieces: Pieces) -> FittedTexts:
+    return FittedTexts(pieces, np.ones((len(pieces), 1), np.float16))
 
 
 @given(
@@ -406,8 +425,8 @@ def test_near_texts_share_most_of_their_word_pieces(
         return len(shared) >= 0.9 * len({*a}) and sum(map(b.count, shared)) >= 0.45 * len(b)
 
     def is_near(texts: list[list[int]]) -> bool:
-        return FittedTexts(np.stack([pieces_with(*text) for text in [*texts, []]])[:-1]).is_near(
-            pieces_with(*one)
+        return fitted_to(np.stack([pieces_with(*text) for text in [*texts, []]])[:-1]).is_near(
+            marked(pieces_with(*one))
         )
 
     expected = not one or any(
@@ -423,15 +442,55 @@ def test_near_texts_share_most_of_their_word_pieces(
     assert found[-1] == (expected or sum(len({*one} & {*text}) for text in fitted) > limit)
 
 
+@given(st.lists(st.floats(-9, 9, width=16), max_size=20), st.floats(-9, 9, width=16), st.floats(0, 9))
+def test_texts_in_similar_words_are_near(fitted: list[float], one: float, spread: float) -> None:
+    """No further texts make a near one new."""
+    text = Marks(pieces_with(1), np.array([one, 3], np.float16), np.float32(spread))
+    means = np.array([[each, 3] for each in fitted], np.float16).reshape(-1, 2)
+    found = [
+        FittedTexts(np.stack([pieces_with(2 + i) for i in range(20)])[:count], means[:count]).is_near(text)
+        for count in range(len(fitted) + 1)
+    ]
+    assert found == sorted(found)
+    nearest = min([(each - text.means[0]) ** 2 for each in fitted], default=99)
+    if abs(nearest - CLOSE * spread) > 1e-3:
+        assert found[-1] == (nearest < CLOSE * spread)
+
+
+def test_the_spread_of_a_text_is_the_variance_of_its_mean(base: Artifact) -> None:
+    """If its tokens were drawn again: their own variance, by their number."""
+    model = Model(base, "onnxruntime")
+    tokens = model.tokenize("good weak fine dull not")
+    found, rows = model.marks(tokens), model.full_depth(tokens)[0].hidden[0]
+    np.testing.assert_allclose(found.means, rows.mean(0), atol=2e-3)
+    drawn = rows[np.random.default_rng(0).integers(0, len(rows), (20_000, len(rows)))].mean(1)
+    assert np.square(drawn - rows.mean(0)).sum(1).mean() == pytest.approx(float(found.spreads), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "means",
+    [
+        np.ones((2, 1), np.float16),
+        np.ones((1, 1)),
+        np.ones(1, np.float16),
+        np.full((1, 1), np.inf, np.float16),
+    ],
+)
+def test_damaged_means_of_fitted_texts_are_refused(means: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match="means"):
+        FittedTexts(pieces_with(1)[None], means)
+
+
 @pytest.mark.parametrize(("length", "count"), [(12, 12_000), (300, 800)])
 def test_no_number_of_decoys_hides_a_copy(length: int, count: int) -> None:
     """Texts with nearly all pieces of another one's text, and as many others, are not near to it: a copy of it is."""
     pieces = np.random.default_rng(0).permutation(2**16 - 1).tolist()
     own, decoy = pieces[:length], pieces[length // 10 : 3 * length]
     decoys = np.repeat(pieces_with(*decoy)[None], count, 0)
-    assert not FittedTexts(decoys).is_near(pieces_with(*own))
+    assert not fitted_to(decoys).is_near(marked(pieces_with(*own)))
     for copy in (own[1:], [*own, pieces[-1]]):
-        assert FittedTexts(np.concatenate([decoys, pieces_with(*copy)[None]])).is_near(pieces_with(*own))
+        fitted = fitted_to(np.concatenate([decoys, pieces_with(*copy)[None]]))
+        assert fitted.is_near(marked(pieces_with(*own)))
 
 
 @pytest.mark.parametrize("added", [range(0), range(24), range(1000, 1024)])
@@ -441,8 +500,8 @@ def test_a_copy_of_a_long_text_is_near_whatever_is_added(added: Sequence[int]) -
     other = np.random.default_rng(1).choice(2**16 - 1, 400, replace=False).tolist()
     ours, copy = pieces_with(*own), pieces_with(*{*own, *added})
     for fitted, one in ((ours, copy), (copy, ours)):
-        assert FittedTexts(fitted[None]).is_near(one)
-        assert not FittedTexts(fitted[None]).is_near(pieces_with(*other))
+        assert fitted_to(fitted[None]).is_near(marked(one))
+        assert not fitted_to(fitted[None]).is_near(marked(pieces_with(*other)))
 
 
 def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact) -> None:
@@ -453,7 +512,8 @@ def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact) -> No
     logits = rng.normal(size=(count, 2)).astype(np.float32)[keys * copies] * 3
     sample = states, logits, np.ones(count), keys.astype(np.uint64), keys, keys, [""], [1.0]
     pieces = np.zeros((count, MOST_PIECES), np.uint32)
-    records = Records("", *sample, np.zeros(count, np.bool_), np.zeros((count, 0), np.int32), pieces)
+    rest = np.zeros(count, np.bool_), np.zeros((count, 0), np.int32), pieces, np.zeros(count, np.float32)
+    records = Records("", *sample, *rest)
     axes = dict[Any, Any]()
     classifier = next(fit.fitted(training_set(records, base.manifest), "mean", 0, (1e-4,), axes))[1]
     exits = fit.Exits("mean", [classifier], [], [])
@@ -536,7 +596,7 @@ def test_learned_exits_leave_full_depth_as_it_was(base: Artifact, learned: tuple
             old, new = Model(base, runtime), Model(made, runtime)
             assert old.runtime == new.runtime and new.fitted is not None
             for text, is_near in ((texts_of(1, 6)[0], True), ("good weak fine dull not", False)):
-                assert new.fitted.is_near(pieces_of(new.tokenize(text))) == is_near
+                assert new.fitted.is_near(new.marks(new.tokenize(text))) == is_near
             for text in texts_of(6, 8):
                 check_full_depth(old, new, text)
 
@@ -582,6 +642,9 @@ def test_exits_are_imported_from_the_records_of_several_servers(
     assert "held-out records the exits allow a speed-up of" in said and "both/1" in said
     made = Store(store).open("both")
     assert made.manifest.learned is None and len(made.manifest.exit_layers) > 1
+    remembered = fitted_of(made)
+    assert remembered is not None and remembered.means is not None and len(remembered.means) == 240
+    assert {*map(bytes, remembered.means)} <= {*map(bytes, some.states[:, 0])}
     (tmp_path / "b").write_bytes(b"no")
     assert "b: it is damaged" in refusal(f"import base --records {tmp_path}/b --name x --store {store}")
 
@@ -604,7 +667,7 @@ def test_a_learned_version_is_calibrated_on_texts_that_its_exits_have_not_seen(
     some.write(tmp_path / "records")
     fitted = fitted_of(learned[1])
     assert fitted is not None
-    unseen = int((~fitted.are_near(some.pieces)).sum())
+    unseen = int((~fitted.are_near(some.marks)).sum())
     made = recalibrate.recalibrate_on_records(
         learned[1], Store(tmp_path), [tmp_path / "records"], 0.5, "auto"
     )
@@ -783,7 +846,7 @@ def learner_of(base: Artifact, folder: Path, restored: bool = True, **settings: 
 
 
 def record_from(some: Records, k: int = 0, number: int = 1) -> Record:
-    return Record("one", 1.0, number, some.pieces[k], some.states[k], some.logits[k])
+    return Record("one", 1.0, number, some.pieces[k], some.spreads[k], some.states[k], some.logits[k])
 
 
 def filled(base: Artifact, folder: Path, some: Records, count: int) -> Learner:

@@ -534,7 +534,8 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected() -> None:
         for epoch, skipped, count in ((1, 5, 1), (1, 7, 0), (2, 6, 0)):
             one = Settled("me", epoch, 0.5, skipped, [None] * count, [Audited([0.5], [[False]])] * count)
             process.audit_store.count("tiny:1", [one])
-        arrays = np.arange(128, dtype=np.uint32), np.ones((2, 4), np.float16), np.array([0.1], np.float32)
+        states, logits = np.ones((2, 4), np.float16), np.array([0.1], np.float32)
+        arrays = np.arange(128, dtype=np.uint32), 0.5, states, logits
         process.audit_store.learn("tiny:1", [Record("me", 0.5, 9, *arrays)])
         stopping = asyncio.create_task(asyncio.to_thread(process.stop))
         supervisor = asyncio.create_task(Channel().run(ours, handlers))
@@ -542,7 +543,7 @@ async def test_a_process_that_stops_first_sends_what_it_has_collected() -> None:
         assert sent["count"] == [("tiny:1", 1, 12), ("tiny:1", 2, 6)]
         ((name, record),) = sent["learn"]
         assert (name, record.client, record.share, record.key) == ("tiny:1", "me", 0.5, 9)
-        found = record.pieces, record.states, record.logits
+        found = record.pieces, record.spread, record.states, record.logits
         assert all(map(np.array_equal, found, arrays))
         supervisor.cancel()
 

@@ -27,7 +27,7 @@ from de3.exits.guarantee import Guarantee, error_of, profiles, profiles_of
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
 from de3.export.records import texts_of
-from de3.model_store.fitted import FittedTexts, pieces_of
+from de3.model_store.fitted import FittedTexts
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records
@@ -222,22 +222,23 @@ class Source:
 
     def records(self, texts: Sequence[str], clients: Sequence[int]) -> Records:
         """Records of texts in the order of the traffic. clients: 0 (the victim) or 1 for each."""
-        states, logits, pieces = [], [], []
+        states, logits, pieces, spreads = [], [], [], []
         for text in texts:
             tokens = self._model.tokenize(text)
             steps = self._model.full_depth(tokens)
             kept = steps if self._has_upstream else steps[:-1]
             states.append([self._model.pooling.mean(step.hidden).astype(np.float16) for step in kept])
-            answer, pieces_of_text = np.asarray(steps[-1].logits), pieces_of(tokens)
+            answer, marks = np.asarray(steps[-1].logits), self._model.marks(tokens)
             logits.append(8.0 * (answer == answer.max()) if self._has_upstream else answer)
-            pieces.append(pieces_of_text)
+            pieces.append(marks.pieces)
+            spreads.append(marks.spreads)
         n, owners = len(texts), np.asarray(clients, np.int32)
         keys = np.array([zlib.crc32(text.encode()) for text in texts], np.uint64)
         counts = np.bincount(owners, minlength=2).astype(float).tolist()
         return Records(
             *(base_of(self.manifest), np.array(states), np.array(logits, np.float32), np.ones(n), keys),
             *(np.arange(1, n + 1), owners, ["victim", "attacker"], counts, np.zeros(n, np.bool_)),
-            *(np.zeros((n, 0), np.int32), np.array(pieces)),
+            *(np.zeros((n, 0), np.int32), np.array(pieces), np.array(spreads, np.float32)),
         )
 
 
@@ -353,8 +354,16 @@ def templated(count: int) -> list[str]:
 
 def near_shares(model: Model, texts: Sequence[str], counts: Sequence[int], unseen: int) -> list[float]:
     """The share of `unseen` texts that are near to one of the others, by the number of these."""
-    pieces = np.array([pieces_of(model.tokenize(text)) for text in texts[: max(counts) + unseen]])
-    return [float(FittedTexts(pieces[:count]).are_near(pieces[-unseen:]).mean()) for count in counts]
+    marks = [model.marks(model.tokenize(text)) for text in texts[: max(counts) + unseen]]
+    pieces, means = (
+        np.array([one.pieces for one in marks]),
+        np.array([one.means for one in marks], np.float16),
+    )
+
+    def share(fitted: FittedTexts) -> float:
+        return sum(map(fitted.is_near, marks[-unseen:])) / unseen
+
+    return [share(FittedTexts(pieces[:count], means[:count])) for count in counts]
 
 
 def _row(name: str, found: Sequence[Outcome], rate: float) -> list[str]:

@@ -16,7 +16,7 @@ from de3.exits.guarantee import Guarantee, Profiles, error_of, profiles
 from de3.export.classifier import Stock, convert
 from de3.export.learn import fit_exits
 from de3.export.records import texts_of
-from de3.model_store.fitted import MOST_PIECES, pieces_of
+from de3.model_store.fitted import MOST_PIECES
 from de3.model_store.manifest import Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records
@@ -53,15 +53,17 @@ def records_of(stock: Path, texts: Sequence[str]) -> tuple[Manifest, Records]:
     manifest, n = model.manifest, len(texts)
     states = np.zeros((n, manifest.num_layers, manifest.hidden_size), np.float16)
     logits = np.zeros((n, len(manifest.labels)), np.float32)
-    pieces = np.zeros((n, MOST_PIECES), np.uint32)
+    pieces, spreads = np.zeros((n, MOST_PIECES), np.uint32), np.zeros(n, np.float32)
     for i, text in enumerate(track(texts, "Running the model")):
         tokens = model.tokenize(text)
-        steps, pieces[i] = model.full_depth(tokens), pieces_of(tokens)
+        steps, marks = model.full_depth(tokens), model.marks(tokens)
+        pieces[i], spreads[i] = marks.pieces, marks.spreads
         states[i], logits[i] = [model.pooling.mean(step.hidden) for step in steps[:-1]], steps[-1].logits
     number = np.arange(n)
     keys, clients = number.astype(np.uint64), np.zeros(n, np.int32)
     sample = states, logits, np.ones(n), keys, number, clients, ["one"], [float(n)], np.zeros(n, np.bool_)
-    return manifest, Records(base_of(manifest), *sample, ids=np.zeros((n, 0), np.int32), pieces=pieces)
+    ids = np.zeros((n, 0), np.int32)
+    return manifest, Records(base_of(manifest), *sample, ids=ids, pieces=pieces, spreads=spreads)
 
 
 def chain(manifest: Manifest, records: Records, rate: float, seed: int) -> list[Version]:

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from de3.exits.criteria import Criterion, Failures, criteria_of
 from de3.exits.guarantee import Audited
@@ -25,9 +27,8 @@ from de3.exits.kinds import differs
 from de3.exits.reading import Reading, SpansReading
 from de3.exits.rule import ExitRule
 from de3.exits.windows import exits_of
-from de3.model_store.fitted import pieces_of
 from de3.model_store.records import packed
-from de3.model_store.segments import Array, Tokens
+from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Windows
 from de3.runtime.background import run_once
 from de3.runtime.engine.audit import Audit
@@ -57,7 +58,7 @@ MAX_ENTRIES, LEAST_ENTRIES, ENTRY_TEXTS = 2**12, 2**9, 256
 # older ones are discarded.
 MAX_HELD = LEAST_ENTRIES // 2
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
-NO_STATES, NO_LOGITS = np.zeros((0, 0), np.float16), np.zeros(0, np.float32)
+NO_LOGITS, NO_IDS = np.zeros(0, np.float32), np.zeros(0, np.int32)
 # Answers that τ alone did not determine; and texts whose audit an upstream did not answer.
 EXCLUDED, UPSTREAM_FAILED = ("deadline", "max_layer", "windows"), "upstream_failed"
 
@@ -482,7 +483,7 @@ class Auditor:
         client: str,
         share: float,
         tokens: Tokens | Windows,
-        states: Array | None,
+        states: NDArray[np.floating[Any]] | None,
         last: Reading,
         is_extra: bool = False,
     ) -> list[Record]:
@@ -492,17 +493,20 @@ class Auditor:
         """
         if self._learn is None or isinstance(tokens, Windows):
             return []
-        text = client, share, _key(tokens), pieces_of(tokens)
-        if self.served.model.manifest.is_spans:
-            ids = packed(tokens)
-            return [] if ids is None else [Record(*text, NO_STATES, NO_LOGITS, is_extra, ids)]
-        if states is None or isinstance(last, SpansReading):
+        marks = self.served.model.marks(tokens)
+        ids: NDArray[np.int32] | None = NO_IDS
+        if isinstance(last, SpansReading):
+            states, logits, ids = marks.means[None], NO_LOGITS, packed(tokens)
+        else:
+            logits = np.array(last.logits, np.float32)
+        if states is None or ids is None:
             return []
-        logits = np.array(last.logits, np.float32)
         with np.errstate(over="ignore"):
             pooled = states.astype(np.float16)
-        is_finite = np.isfinite(pooled).all() and np.isfinite(logits).all()
-        return [Record(*text, pooled, logits, is_extra)] if is_finite else []
+        if not (np.isfinite(pooled).all() and np.isfinite(logits).all()):
+            return []
+        text = client, share, _key(tokens), marks.pieces, float(marks.spreads)
+        return [Record(*text, pooled, logits, is_extra, ids)]
 
     def _keep(self, records: Sequence[Record]) -> None:
         """Keep records, if there are any, for learning."""
@@ -519,9 +523,9 @@ class Auditor:
         """The key of an audited text; see Settled."""
         if not self._has_guarantee:
             return None
-        fitted = self.served.model.fitted
+        model = self.served.model
         parts = [tokens] if isinstance(tokens, Tokens) else [tokens[number] for number in range(len(tokens))]
-        if fitted is not None and any(fitted.is_near(pieces_of(one)) for one in parts):
+        if model.fitted is not None and any(model.fitted.is_near(model.marks(one)) for one in parts):
             return None
         return _key(tokens if isinstance(tokens, Tokens) else tokens.whole)
 

@@ -17,9 +17,9 @@ class Record:
         share: probability with which the text was drawn, before anything about it was known; 1 if it is extra.
         is_extra: it was not drawn; see model_store.records.Records.
         key: hash of its tokens.
-        pieces: its word pieces; see model_store.fitted.pieces_of.
-        states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden) float16; (0, 0) of a
-            token classifier.
+        pieces, spread: see model_store.fitted.Marks.
+        states: mean hidden state of the tokens after each layer but the last, (num_layers, hidden) float16; of a token
+            classifier, after layer 0 only, (1, hidden).
         logits: logits of the last layer, (K,) float32; (0,) of a token classifier.
         ids: of a token classifier, its tokens as model_store.records.packed returns them; otherwise empty, int32.
     """
@@ -28,6 +28,7 @@ class Record:
     share: float
     key: int
     pieces: Pieces
+    spread: float
     states: NDArray[np.float16]
     logits: NDArray[np.float32]
     is_extra: bool = False

@@ -36,12 +36,12 @@ class Reservoir:
         seed: int = 0,
         ids: int = 0,
     ) -> None:
-        """base: see Records. shape: (num_layers, hidden). labels: K. max_bytes: memory limit. half_life: in texts.
+        """base: see Records. shape: of a record's states. labels: K. max_bytes: memory limit. half_life: in texts.
 
-        ids: most tokens of a text of a token classifier, whose shape is (0, 0), with 0 labels.
+        ids: most tokens of a text of a token classifier, which has 0 labels.
         """
         self.base, self._half_life, self._random = base, half_life, np.random.default_rng(seed)
-        size = 2 * shape[0] * shape[1] + 4 * (labels + ids + MOST_PIECES) + 37
+        size = 2 * shape[0] * shape[1] + 4 * (labels + ids + MOST_PIECES) + 41
         self.capacity = max(1, min(max_bytes // size, MOST_RECORDS))
         self.texts = 0.0
         self._count = 0
@@ -50,6 +50,7 @@ class Reservoir:
         self._logits = np.empty((self.capacity, labels), np.float32)
         self._ids = np.empty((self.capacity, ids), np.int32)
         self._pieces = np.empty((self.capacity, MOST_PIECES), np.uint32)
+        self._spreads = np.empty(self.capacity, np.float32)
         self._shares, self._ranks = np.empty(self.capacity), np.empty(self.capacity)
         self._keys = np.empty(self.capacity, np.uint64)
         self._numbers = np.empty(self.capacity, np.int64)
@@ -78,7 +79,8 @@ class Reservoir:
             record.share,
         )
         self._keys[slot], self._numbers[slot], self._clients[slot] = record.key, number, client
-        self._extra[slot], self._pieces[slot] = record.is_extra, record.pieces
+        self._extra[slot], self._spreads[slot] = record.is_extra, record.spread
+        self._pieces[slot] = record.pieces
         self._ids[slot] = -1
         self._ids[slot, : len(record.ids)] = record.ids
         self._ranks[slot] = rank
@@ -120,6 +122,7 @@ class Reservoir:
             self._extra[order],
             self._ids[order],
             self._pieces[order],
+            self._spreads[order],
         )
 
     def restore(self, records: Records) -> None:
@@ -131,7 +134,8 @@ class Reservoir:
         kept = records.part(np.arange(len(records))[-self.capacity :])
         self._count = count = len(kept)
         self._states[:count], self._logits[:count], self._ids[:count] = kept.states, kept.logits, kept.ids
-        self._shares[:count], self._keys[:count], self._pieces[:count] = kept.shares, kept.keys, kept.pieces
+        self._shares[:count], self._keys[:count] = kept.shares, kept.keys
+        self._pieces[:count], self._spreads[:count] = kept.pieces, kept.spreads
         self._numbers[:count], self._extra[:count] = kept.numbers, kept.extra
         indices = np.array([self._client(name) for name in records.names])
         np.add.at(self._texts, indices, records.texts)
