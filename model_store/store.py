@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -353,7 +354,7 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     data = _read_inside(path, file, MAX_MANIFEST_BYTES)
     try:
-        raw = json.loads(data)
+        raw = json.loads(data, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{file}: not JSON: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -363,9 +364,17 @@ def read_manifest(path: Path) -> Manifest:
             "model again"
         )
     try:
-        return Manifest.model_validate_json(data)
+        return Manifest.model_validate_json(data, strict=True)
     except ValidationError as error:
         raise StoreError(f"{file}: {first_error(error, 'manifest')}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError for a duplicate key, of which other parsers may keep another value."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a duplicate key")
+    return found
 
 
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:

@@ -261,6 +261,8 @@ def with_file(manifest: dict[str, Any], name: str) -> None:
         (lambda m: m["defaults"].update({"signal": "edr", "lambda": None}), "lambda"),
         (lambda m: m["defaults"].update({"signal": "edr", "lambda": 3.5}), "default signal"),
         (lambda m: m["calibration"]["table"][-1].update(disagreement_bound=0.0), "must ascend with τ"),
+        (lambda m: m.update(special_tokens="yes"), "special_tokens: Input should be a valid boolean"),
+        (lambda m: m.update(max_tokens="64"), "max_tokens: Input should be a valid integer"),
     ],
 )
 def test_an_unsound_manifest_is_refused_with_the_reason(copy: Path, change: Callable, message: str) -> None:
@@ -271,7 +273,8 @@ def test_an_unsound_manifest_is_refused_with_the_reason(copy: Path, change: Call
 
 
 def test_a_manifest_that_is_not_a_json_object_is_refused(copy: Path) -> None:
-    for text in ("", "[]", "\x00", "[" * 100_000):
+    twice = (copy / "manifest.json").read_text().replace("{", '{"name": "other",', 1)
+    for text in ("", "[]", "\x00", "[" * 100_000, twice):
         (copy / "manifest.json").write_text(text)
         with pytest.raises(StoreError, match=r"manifest.json: "):
             open_model(copy)
