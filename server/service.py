@@ -123,7 +123,8 @@ class Service:
             await self.shared.begin(self.manager, self.artifacts, self._are_named)
             self.admission.start(self.engine)
             models = [served.model for served in self.models.all]
-            self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))
+            loop = asyncio.get_running_loop()
+            self.engine.start(lambda: run_longest(models), _on(loop), loop.call_soon)
             self.shared.start()
             keep_running("engine_watchdog", lambda: self._watch_engine(on_failure))
             # Most objects that exist now are permanent. Later garbage collections, which delay requests, skip them.

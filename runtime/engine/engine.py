@@ -66,6 +66,8 @@ class Engine:
         self.deadlines = Deadlines(threads)
         self._audits = AuditThreads(threads, self.queue, self._report_audits)
         self._dispatch: Dispatch = call_here
+        self._call_soon: Dispatch | None = None
+        self._is_due = False  # _run_here() will be called
         self._finished = [0] * threads
         self._seconds = [0.0] * threads
         self._progress = [0] * threads  # steps and layers started
@@ -73,12 +75,19 @@ class Engine:
         self._failures = [0] * threads  # consecutive failed steps
         self._checked: list[tuple[int, int]] = [(0, 0)] * threads
 
-    def start(self, warm_up: Callable[[], object] = lambda: None, dispatch: Dispatch = call_here) -> None:
+    def start(
+        self,
+        warm_up: Callable[[], object] = lambda: None,
+        dispatch: Dispatch = call_here,
+        call_soon: Dispatch | None = None,
+    ) -> None:
         """Start the threads; each calls warm_up first.
 
-        dispatch: runs the callbacks of jobs and audits, for example on an event loop.
+        dispatch: runs the callbacks of jobs and audits, for example on an event loop. call_soon: calls back soon, on
+        the thread that submits jobs: an engine with one thread then runs short texts there. None: it does not.
         """
         self._dispatch = dispatch
+        self._call_soon = call_soon if self.threads == 1 else None
         self._warm_ups = [warm_up] * self.threads  # released after use, with the models that they refer to
         for thread in self._threads:
             thread.start()
@@ -120,10 +129,14 @@ class Engine:
         if job.deadline is not None:
             self._admit(job)
         try:
-            self.queue.put(job)
+            # A short text is for the event loop, unless a thread is busy, which then takes it.
+            is_here = self._call_soon is not None and job.in_groups
+            self.queue.put(job, wakes=not is_here)
         except RequestError:
             self.deadlines.drop(job)
             raise
+        if is_here:
+            self._run_here_soon()
 
     def audit(self, audits: Sequence[Audit]) -> None:
         """Enqueue audits, which run while nothing else is pending, or slowly once they are overdue."""
@@ -164,9 +177,10 @@ class Engine:
     def _report_audits(self, audits: Sequence[Audit]) -> None:
         self._dispatch(lambda: _call_each([partial(audit.on_done, audit) for audit in audits]))
 
-    def _report(self, ended: Sequence[tuple[Job, Exception | None]]) -> None:
+    def _report(self, ended: Sequence[tuple[Job, Exception | None]], is_here: bool = False) -> None:
         """Report finished and failed jobs in one callback: waking an event loop costs a thread switch."""
-        self._dispatch(lambda: _call_each([partial(job.on_done, error) for job, error in ended]))
+        dispatch = call_here if is_here else self._dispatch
+        dispatch(lambda: _call_each([partial(job.on_done, error) for job, error in ended]))
 
     @property
     def finished(self) -> int:
@@ -180,36 +194,63 @@ class Engine:
             report("engine", error)
         self._failures[number] = 0
         while self._step(number):  # a separate call, so that a waiting thread keeps no model alive
+            if self._failures[number]:
+                sleep(0.01)  # avoids a busy loop if every step fails
             if self._failures[number] > MAX_FAILURES:
                 return  # the server then stops, too
 
     def _step(self, number: int) -> bool:
         """Take items from the queue, run and finish them; False once the queue is closed and empty. Never raises."""
-        items: list[Item] = []
         try:
             items = self.queue.next(self.threads)
-            self._busy[number] = True
-            self._progress[number] += 1
-            if items and (alone := self._run(items, number)):
-                self._finish(alone, number)
-            self.deadlines.occupy(number, 0.0)
         except BaseException as error:
-            report("engine", error)
-            for item in items:
-                item.job.is_dropped = True
-            self._report([(item.job, RuntimeError(str(error))) for item in items])
-            self._failures[number] += 1
-            sleep(0.01)  # avoids a busy loop if every step fails
+            self._fail([], number, error)
             return True
-        finally:
-            self._busy[number] = False
-        self._failures[number] = 0
+        self._process(items, number)
         return bool(items)
 
-    def _run(self, items: list[Item], number: int) -> Sequence[tuple[Item, Result | None]]:
+    def _run_here(self) -> None:
+        """Run short texts on the event loop for one step, if no thread runs any; then let the loop do its other work.
+
+        Handing a text to another thread, and its answer back, takes as long as several layers.
+        """
+        self._is_due = False
+        if items := self.queue.next_here(self.threads):
+            self._process(items, 0, is_here=True)
+            if self.queue.leave_here():
+                self._run_here_soon()
+
+    def _run_here_soon(self) -> None:
+        if self._call_soon is not None and not self._is_due:
+            self._is_due = True
+            self._call_soon(self._run_here)
+
+    def _process(self, items: list[Item], number: int, is_here: bool = False) -> None:
+        """Run and finish items. Never raises."""
+        try:
+            self._busy[number] = True
+            self._progress[number] += 1
+            if items and (alone := self._run(items, number, is_here)):
+                self._finish(alone, number, is_here)
+            self.deadlines.occupy(number, 0.0)
+            self._failures[number] = 0
+        except BaseException as error:
+            self._fail(items, number, error)
+        finally:
+            self._busy[number] = False
+
+    def _fail(self, items: Sequence[Item], number: int, error: BaseException) -> None:
+        report("engine", error)
+        for item in items:
+            item.job.is_dropped = True
+        self._report([(item.job, RuntimeError(str(error))) for item in items])
+        self._failures[number] += 1
+
+    def _run(self, items: list[Item], number: int, is_here: bool) -> Sequence[tuple[Item, Result | None]]:
         """Run items; returns the result of each that ran alone: an outcome, an error, or None if dropped or preempted.
 
-        The results of a group are recorded as they come.
+        The results of a group are recorded as they come. On the event loop, a group runs for one step, and no item
+        runs alone.
         """
 
         def occupy(seconds: float) -> None:
@@ -217,11 +258,14 @@ class Engine:
             self.deadlines.occupy(number, perf_counter() + seconds)
 
         def finish(results: Sequence[tuple[Item, Result]]) -> None:
-            self._finish(results, number)
+            self._finish(results, number, is_here)
 
         alone = items
         if items[0].can_share:
-            alone = run_group(items, self.queue, self.threads, occupy, finish)
+            alone = run_group(items, self.queue, self.threads, occupy, finish, 1 if is_here else math.inf)
+        if is_here:
+            self.queue.requeue(*alone)
+            return []
         return [(item, self._run_alone(item, number)) for item in alone]
 
     def _run_alone(self, item: Item, number: int) -> Result | None:
@@ -240,7 +284,9 @@ class Engine:
             failures.exception("an item failed")
             return RuntimeError("an item failed")
 
-    def _finish(self, results: Sequence[tuple[Item, Result | None]], number: int) -> None:
+    def _finish(
+        self, results: Sequence[tuple[Item, Result | None]], number: int, is_here: bool = False
+    ) -> None:
         """Record the results of items, and report the jobs that finish or fail with them."""
         ended: list[tuple[Job, Exception | None]] = []
         outcomes = [(item, result) for item, result in results if isinstance(result, list)]
@@ -268,7 +314,7 @@ class Engine:
                 if job.finish(item, result):
                     ended.append((job, None))
         if ended:
-            self._report(ended)
+            self._report(ended, is_here)
 
     def _count(self, outcomes: Sequence[tuple[Item, Sequence[Outcome]]]) -> None:
         """Call `observe` for each model; its errors do not fail the request."""

@@ -7,6 +7,7 @@ next layer is the same join it.
 
 import logging
 from collections.abc import Callable, Sequence
+from math import inf
 from time import perf_counter
 
 from de3.model_store.forward import ForwardPass
@@ -28,13 +29,14 @@ def run_group(
     threads: int,
     occupy: Callable[[float], None],
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
+    steps: float = inf,
 ) -> list[Item]:
-    """Run a group of items of one encoder with the same next layer.
+    """Run a group of items of one encoder with the same next layer, for this many steps.
 
-    Runs until each item has exited, been dropped, or been preempted and requeued. Calls `occupy(seconds)` before each
-    stretch that cannot be preempted, and `finish` with the results as they come. Items that join are added to `items`.
-    If the group fails, returns the unfinished items, which must run alone from the start; otherwise an empty list.
-    threads: number of engine threads.
+    Runs until each item has exited, been dropped, or been preempted and requeued, as all are after the last step. Calls
+    `occupy(seconds)` before each stretch that cannot be preempted, and `finish` with the results as they come. Items
+    that join are added to `items`. If the group fails, returns the unfinished items, which must run alone from the
+    start; otherwise an empty list. threads: number of engine threads.
     """
     group = list(items)  # the items that are neither finished nor requeued
     try:
@@ -43,6 +45,10 @@ def run_group(
             _begin(group, queue, finish)
         while group:
             _step(group, queue, occupy, finish)
+            steps -= 1
+            if steps <= 0:
+                queue.requeue(*group)
+                break
             if group:
                 before = len(group)
                 queue.join(group, threads)
@@ -51,7 +57,8 @@ def run_group(
         failures.exception("a group of texts failed; each runs alone")
         for item in group:
             item.restart()
-    return group
+        return group
+    return []
 
 
 def _begin(

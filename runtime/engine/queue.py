@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
+from math import inf
 from threading import Condition, RLock
 
 from de3.runtime.engine.job import Item, Job
@@ -15,6 +16,7 @@ MAX_STRETCH = 3  # limit on the time of a text that joins a group, relative to t
 MAX_SHADOWS = 64
 # A text is preempted by another client's text if its own client has received this much more engine time.
 PREEMPTION_LEAD_S = 0.002
+MAX_HERE_CHARS = 2048  # of the texts that an event loop runs in one step, as tokenizing them blocks it
 RECENT_S = 1.0  # a client counts as active for this long after its last text was enqueued or ran
 
 Entry = tuple[float, int, Item]  # due, order of arrival, item
@@ -41,6 +43,8 @@ class WorkQueue:
         self._pending = 0  # items of jobs that are not dropped
         self._pending_admitted = 0  # pending items whose deadline is admitted
         self._stored = 0  # pending items, and items of dropped jobs that are still in a heap
+        self._waiting = 0  # threads that wait for items
+        self._is_here = False  # the event loop runs items
         self._closed = False
         # Entered itself, in C: that of a condition is entered in Python. A condition is only waited for and notified.
         self._lock = RLock()
@@ -49,8 +53,11 @@ class WorkQueue:
     def __len__(self) -> int:
         return self._pending
 
-    def put(self, job: Job) -> None:
-        """Enqueue all items of a job, or none: raises RequestError if the queue has no room or is closed."""
+    def put(self, job: Job, wakes: bool = True) -> None:
+        """Enqueue all items of a job, or none: raises RequestError if the queue has no room or is closed.
+
+        wakes: wake threads that wait; false if next_here() follows.
+        """
         with self._lock:
             room = self.shadow_room if job.is_shadow else self.limit - self._pending
             if self._closed or len(job.items) > room:
@@ -58,7 +65,8 @@ class WorkQueue:
                 raise RequestError(f"{reason}; try again", cause="queue_full", retry_after_s=1)
             for item in job.items:
                 self._add(item)
-            self._changed.notify(len(job.items))
+            if wakes:
+                self._changed.notify(len(job.items))
 
     def requeue(self, *items: Item) -> None:
         """Requeue preempted items, all at once. They have been accepted, so the limit does not apply."""
@@ -72,7 +80,8 @@ class WorkQueue:
                     self._shadows.appendleft(item)
                 else:
                     self._add(item)
-            self._changed.notify(len(items))
+            if not self._is_here:
+                self._changed.notify(len(items))
 
     def next(self, threads: int = 1) -> list[Item]:
         """Wait for the most urgent item; returns an empty list once the queue is closed and empty.
@@ -82,11 +91,13 @@ class WorkQueue:
         for the other engine threads. threads: number of engine threads.
         """
         with self._lock:
-            while (heap := self._first()) is None:
-                if self._closed:
+            while self._is_here or (heap := self._first()) is None:
+                if self._closed and not self._is_here:
                     return []
-                if not self._shadows:
+                if self._is_here or not self._shadows:
+                    self._waiting += 1
                     self._changed.wait()
+                    self._waiting -= 1
                 elif not (shadow := self._shadows.popleft()).job.is_dropped:
                     return [shadow]
             share = -(-self._pending // threads)
@@ -95,6 +106,33 @@ class WorkQueue:
                 self._fill(items, share)
             return items
 
+    def next_here(self, threads: int) -> list[Item]:
+        """The most urgent items for the event loop to run itself, if they are short and all threads wait.
+
+        Otherwise an empty list, and a thread takes them. After the items, leave_here() must be called: until then the
+        threads wait.
+        """
+        with self._lock:
+            if self._waiting < threads or (heap := self._first()) is None:
+                return []
+            first = heap[0][2]
+            if not first.can_share or first.text.chars > MAX_HERE_CHARS:
+                self._changed.notify()
+                return []
+            self._is_here = True
+            items = [self._take(heap)]
+            if self._pending:
+                self._fill(items, MAX_GROUP, MAX_HERE_CHARS - first.text.chars)
+            return items
+
+    def leave_here(self) -> bool:
+        """The event loop has run its items; returns True if others are pending, for which next_here() must follow."""
+        with self._lock:
+            self._is_here = False
+            if self._closed or self._shadows:
+                self._changed.notify_all()
+            return self._pending > 0
+
     def join(self, items: list[Item], threads: int = 1) -> None:
         """Add pending items to a group between two steps, by the same rules as next()."""
         if not self._pending:
@@ -102,14 +140,15 @@ class WorkQueue:
         with self._lock:
             self._fill(items, len(items) + -(-self._pending // threads))
 
-    def _fill(self, items: list[Item], room: int) -> None:
+    def _fill(self, items: list[Item], room: int, chars: float = inf) -> None:
         first = items[0]
         left = MAX_STEP_S - sum(item.group_s for item in items)
         while first.can_share and len(items) < min(room, MAX_GROUP) and (heap := self._first()) is not None:
             item = heap[0][2]
             left -= item.group_s
+            chars -= item.text.chars
             # In a group each text waits for all others, so a text much longer than the first does not join.
-            fits = left >= 0 and item.group_s <= MAX_STRETCH * first.group_s
+            fits = left >= 0 and chars >= 0 and item.group_s <= MAX_STRETCH * first.group_s
             is_alike = item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
             if not (fits and is_alike and item.can_share):
                 break
