@@ -1,16 +1,22 @@
 """Groups: texts that share steps exit, join and are preempted between layers; answers are the same as alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
+from functools import partialmethod
 from pathlib import Path
+from threading import Event, current_thread
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from de3.exits.rule import ExitRule
+from de3.model_store.forward import NativeForward
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import PIECE
+from de3.runtime.engine.engine import Engine
 from de3.runtime.engine.group import run_group
 from de3.runtime.engine.job import Item, Job
 from de3.runtime.engine.queue import WorkQueue
@@ -18,6 +24,7 @@ from de3.runtime.engine.run import Result, run
 from de3.runtime.engine.served import MAX_STEP_S
 from de3.runtime.errors import RequestError
 from tests import jobs
+from tests.serving import until
 
 pytestmark = pytest.mark.usefixtures("kernels")
 TEXTS = ["good", "a dull film and it was bad", "it was not bad", "fine", "a good plot , but dull people"]
@@ -211,3 +218,122 @@ def test_at_its_deadline_a_text_ends_at_the_first_layer_where_every_model_has_an
     item.ends = 0.0
     outcomes = run(item, queue_of()) or []
     assert [(one.layer, one.reason) for one in outcomes] == [(first, "deadline")] * 2
+
+
+class Loop:
+    """An engine of one thread, and the callbacks for the event loop.
+
+    Attributes:
+        done: names of the threads that reported each job, and its error.
+    """
+
+    def __init__(self) -> None:
+        self.engine, self.soon = Engine(1, 100), list[Callable[[], None]]()
+        self.done = list[tuple[str, Exception | None]]()
+
+    def submit(self, new: Job, then: Callable[[], object] = lambda: None) -> None:
+        def done(error: Exception | None) -> None:
+            self.done.append((current_thread().name, error))
+            then()
+
+        new.on_done = done
+        self.engine.submit(new)
+
+    def run(self) -> int:
+        """Run all callbacks; returns their number."""
+        ran = 0
+        while self.soon:
+            self.soon.pop(0)()
+            ran += 1
+        return ran
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """It ends with all jobs answered and nothing pending."""
+    one = Loop()
+    one.engine.start(call_soon=one.soon.append)
+    until(lambda: one.engine.queue._waiting == 1, "the thread to wait")
+    yield one
+    one.engine.stop()
+    assert len(one.engine.queue) == 0 and one.engine.problem() == "engine thread 0 has ended"
+
+
+@contextmanager
+def busy(loop: Loop, model: Model) -> Iterator[None]:
+    """The thread is busy."""
+    began, ends = Event(), Event()
+    loop.submit(job(model, ["a" * (2 * PIECE + 1)]), lambda: (began.set(), ends.wait()))
+    assert loop.run() <= 1
+    assert began.wait(30)
+    yield
+    ends.set()
+
+
+HERE = current_thread().name
+
+
+def test_short_texts_run_on_the_event_loop_a_step_at_a_time(loop: Loop, model: Model) -> None:
+    new = job(model)  # a layer per step
+    loop.submit(new)
+    assert loop.soon and not loop.done
+    assert loop.run() == model.manifest.num_layers
+    assert loop.done == [(HERE, None)]
+    assert answers({item: [item.outcome] for item in new.items if item.outcome}) == alone(model, TEXTS)
+    loop.submit(job(model, ["a" * (2 * PIECE + 1)]))
+    assert loop.run() == 1
+    until(lambda: loop.done[1:] == [("engine-0", None)], "the thread to run a long text")
+
+
+def test_a_busy_thread_takes_the_short_texts(loop: Loop, model: Model) -> None:
+    with busy(loop, model):
+        loop.submit(job(model, TEXTS[:1]))
+        loop.run()
+        assert len(loop.done) == len(loop.engine.queue) == 1
+    until(lambda: loop.done[1:] == [("engine-0", None)], "the thread to run the short text")
+
+
+def test_texts_that_the_event_loop_has_not_run_are_answered_at_the_end(loop: Loop, model: Model) -> None:
+    for _ in range(2):
+        loop.submit(job(model))
+    loop.soon[0]()  # one step
+    loop.engine.stop()
+    assert loop.done == [("engine-0", None)] * 2
+    loop.run()
+
+
+def test_while_the_event_loop_runs_texts_the_thread_waits(loop: Loop, model: Model) -> None:
+    def run(one: NativeForward, forward: Any, *given: Any) -> None:
+        queue = loop.engine.queue
+        queue.put(jobs.job(["good"], [0.0], model=model, is_shadow=True))
+        loop.submit(job(model, ["a" * (2 * PIECE + 1)]))
+        queue._changed.acquire()
+        queue._changed.notify()
+        queue._changed.release()
+        until(lambda: queue._waiting == 1, "the thread to wait again")
+        forward(one, *given)
+        assert (len(queue), len(queue._shadows)) == (1, 1)
+
+    forward = NativeForward.__call__
+    with mock.patch.object(NativeForward, "__call__", partialmethod(run, forward)):
+        loop.submit(job(model, TEXTS[:1], layer_s=SHARE / 100))
+        loop.soon.pop(0)()
+    assert loop.done[:1] == [(HERE, None)]
+    loop.run()
+    until(lambda: loop.done[1:] == [("engine-0", None)], "the thread to run a long text")
+    until(lambda: not loop.engine.queue._shadows, "the thread to take the shadow")
+
+
+def test_texts_that_fail_on_the_event_loop_run_alone_on_the_thread(loop: Loop, model: Model) -> None:
+    with mock.patch.object(NativeForward, "__call__", side_effect=RuntimeError("forged")):
+        loop.submit(job(model, TEXTS[:2]))
+        loop.run()
+    until(lambda: loop.done == [("engine-0", None)], "the thread to run them")
+    until(lambda: loop.engine.queue._waiting == 1, "the thread to wait")
+    with mock.patch.object(loop.engine, "_run", side_effect=RuntimeError("forged")):
+        loop.submit(job(model, TEXTS[:2]))
+        loop.run()
+    assert str(loop.done[1][1]) == "forged"
+    loop.submit(job(model, TEXTS[:2]))
+    loop.run()
+    assert loop.done[-1] == (HERE, None)

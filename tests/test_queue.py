@@ -4,6 +4,7 @@ import gc
 from threading import Thread
 from time import perf_counter
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -139,6 +140,22 @@ class QueueMachine(RuleBasedStateMachine):
         known, room = len(group), len(group) + len(self.waiting) / later
         self.queue.join(group, later)
         self.check(group, known, room)
+        self.running += group
+
+    @precondition(lambda self: self.waiting)
+    @rule(threads=st.sampled_from([0, 0, 0, 1]), chars=st.sampled_from([0, 1, 3, 2048]))
+    def take_here(self, threads: int, chars: int) -> None:
+        """The event loop takes short texts, if all threads wait, of which there are none here; it runs a layer."""
+        with mock.patch("de3.runtime.engine.queue.MAX_HERE_CHARS", chars):
+            group = self.queue.next_here(threads)
+        if not group:
+            assert threads or not chars or not all(item.can_share for item in self.next())
+            return
+        assert not threads and sum(item.text.chars for item in group) <= chars
+        self.check(group, 0, min(chars, MAX_GROUP))
+        assert self.queue.leave_here() == bool(self.waiting)
+        for item in group:
+            item.progress.layer += 1
         self.running += group
 
     @precondition(lambda self: self.running)
