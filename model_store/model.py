@@ -216,7 +216,7 @@ class Model:
     def deepest_exit(self, max_layer: int | None) -> int:
         """The deepest layer with an exit up to `max_layer`; the last layer if `max_layer` is None."""
         if max_layer is None:
-            return self.manifest.num_layers
+            return self.exits.num_layers
         return max(m for m in self.manifest.exit_layers if m <= max_layer)
 
     def full_depth(self, tokens: Tokens) -> list[Step]:

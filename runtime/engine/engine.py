@@ -232,7 +232,8 @@ class Engine:
             self._progress[number] += 1
             if items and (alone := self._run(items, number, is_here)):
                 self._finish(alone, number, is_here)
-            self.deadlines.occupy(number, 0.0)
+            if not is_here:  # deadlines are admitted on the event loop, too, so not meanwhile
+                self.deadlines.occupy(number, 0.0)
             self._failures[number] = 0
         except BaseException as error:
             self._fail(items, number, error)
@@ -254,8 +255,9 @@ class Engine:
         """
 
         def occupy(seconds: float) -> None:
-            self._progress[number] += 1
-            self.deadlines.occupy(number, perf_counter() + seconds)
+            if not is_here:
+                self._progress[number] += 1
+                self.deadlines.occupy(number, perf_counter() + seconds)
 
         def finish(results: Sequence[tuple[Item, Result]]) -> None:
             self._finish(results, number, is_here)
@@ -263,7 +265,7 @@ class Engine:
         alone = items
         if items[0].can_share:
             alone = run_group(items, self.queue, self.threads, occupy, finish, 1 if is_here else math.inf)
-        if is_here:
+        if is_here and alone:
             self.queue.requeue(*alone)
             return []
         return [(item, self._run_alone(item, number)) for item in alone]

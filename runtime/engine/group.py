@@ -107,7 +107,8 @@ def _begin(
     group[:] = ready
     if failed:
         finish(failed)
-    queue.requeue(*too_long)
+    if too_long:
+        queue.requeue(*too_long)
 
 
 def _step(
@@ -153,4 +154,5 @@ def _step(
     # Checked after all are charged: otherwise a client's first text would stay, and its others would be preempted.
     preempted = [item for item in group if queue.has_more_urgent_than(item)]
     group[:] = [item for item in group if item not in preempted]
-    queue.requeue(*preempted)
+    if preempted:
+        queue.requeue(*preempted)

@@ -19,6 +19,7 @@ class Served:
     """A loaded model, its speed on this machine, the rules that choose its τ, and its OOD monitor.
 
     Attributes:
+        is_fast: see FAST.
         plans: how it answers requests without options (plan.plan_of), by their kind and tenant.
     """
 
@@ -27,6 +28,11 @@ class Served:
     rules: Rules
     monitor: OodMonitor
     plans: dict[Any, Any] = field(default_factory=dict, init=False, compare=False)
+    is_fast: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        is_fast = FAST * self.timing.full_depth_s(FAST_TOKENS) <= MAX_STEP_S
+        object.__setattr__(self, "is_fast", is_fast)
 
     def group_s(self, tokens: int) -> float:
         """Step time of a text this long in a group, seconds.
@@ -34,5 +40,4 @@ class Served:
         The first text of a group waits for the last. For a fast model, all layers of a group must therefore fit into a
         step. For other models, where this would leave no room for a second text, only one layer must fit.
         """
-        is_fast = FAST * self.timing.full_depth_s(FAST_TOKENS) <= MAX_STEP_S
-        return self.timing.full_depth_s(tokens) if is_fast else self.timing.layer_s(tokens)
+        return self.timing.full_depth_s(tokens) if self.is_fast else self.timing.layer_s(tokens)
