@@ -77,8 +77,8 @@ def fit_exits(
     """
     cut = cut_of(records, first_new, by_client)
     fitted, tests = _split(records, cut, first_new)
-    texts = FittedTexts(fitted.pieces, fitted.marks.means)
-    is_near = texts.are_near(tests.marks)
+    texts = FittedTexts(fitted.pieces, fitted.marks.means, fitted.client_hashes)
+    is_near = texts.are_near(tests.marks, tests.client_hashes if by_client else None)
     rng = np.random.default_rng([SEED, attempt])
     held = np.arange(len(tests)) if by_client else thinned(tests, np.arange(len(tests)), rng)
     # Exits are right more often about texts that are near to fitted ones, so their quality shows on others.
@@ -282,7 +282,9 @@ def publish(
         fields["calibration"] = fitted.calibrated.calibration.model_copy(update={"references": references})
     made = name or manifest.name
     with store.new_version(made) as draft:
-        draft.write({FITTED: save_tensors({"pieces": fitted.texts.pieces, "means": fitted.texts.means})})
+        texts = fitted.texts
+        tensors = {"pieces": texts.pieces, "means": texts.means, "clients": texts.clients}
+        draft.write({FITTED: save_tensors(tensors)})
         return draft.publish(write_exits(base, exits, draft, name=made, **fields))
 
 
@@ -347,5 +349,5 @@ def test(
     newer = records.part(rows)
     outputs = recorded(model, newer)
     scores = model.manifest.default_signal.scores(outputs)
-    is_near = texts.are_near(newer.marks)
+    is_near = texts.are_near(newer.marks, newer.client_hashes if by_client else None)
     return Found(evidence=list(_evidence(newer, outputs, scores, is_near, learned.cut, flag)))

@@ -80,12 +80,13 @@ def recalibrate_on_records(
     rng = np.random.default_rng(SEED)
     found = found.part(records.thinned(found, np.arange(len(found)), rng))
     if (fitted := fitted_of(artifact)) is not None:
-        found = found.part(~fitted.are_near(found.marks))
+        found = found.part(~fitted.are_near(found.marks, found.client_hashes))
     whole = records.part_of(records.recorded(artifact, found), records.groups_of(found))
     # The later half certifies, without texts that are near to those of the earlier half and on which no exit fails.
     is_early = np.arange(len(found)) < len(found) // 2
-    marks = found.marks
-    counts = ~FittedTexts(marks.pieces[is_early], marks.means[is_early]).are_near(marks)
+    early = found.part(is_early)
+    seen = FittedTexts(early.pieces, early.marks.means, early.client_hashes)
+    counts = ~seen.are_near(found.marks, found.client_hashes)
     guard = guard_of(flag, artifact.manifest)
     for fails, rows in whole.samples.recorded.failures(None if guard is None else guard[1]):
         counts[rows] |= fails.any(1)

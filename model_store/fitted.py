@@ -4,7 +4,9 @@ Exits are right more often about texts that they were fitted to, and about copie
 than about new ones. So such texts do not count as evidence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +23,11 @@ NEAR, CONTAINED, HALF = 0.7, 0.9, 0.45
 # Limit on the work for a text: occurrences of its pieces in fitted texts. A text with more counts as near, so the limit
 # can only cost evidence; with MAX_FITTED texts, it takes more than 100 pieces that each of them has.
 MOST_COMPARED = 2**21
-# Two texts are also near if the squared distance between the means of their embeddings is below this share of the
-# spread, as in a text whose words were replaced by similar ones. Of new texts, hardly any are so close to a fitted one
-# that do not share its word pieces (lab/docs/copies.md).
-CLOSE = 0.25
+# Texts of other clients can also be near by their meaning, as if words were replaced by similar ones. A fitted text
+# counts 1 if the squared distance between the means of their embeddings is at most CLOSE of the spread, 0 from FAR on,
+# and linearly between; together they must count 1. A client's own texts are compared by their pieces only: those made
+# from a template are as close as that to each other, and so will its next ones be (lab/docs/copies.md).
+CLOSE, FAR = 0.2, 0.5
 
 Pieces = NDArray[np.uint32]
 
@@ -69,28 +72,36 @@ def mark_of(tokens: Tokens, embeddings: Array, pooling: Pooling) -> Marks:
         return Marks(pieces_of(tokens), mean.astype(np.float16), spread)
 
 
+def client_hash(name: str) -> int:
+    """A hash of a client's name, uint64."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
 class FittedTexts:
     """The texts that exits were fitted to.
 
     Attributes:
         pieces: the word pieces of each text, see pieces_of, (n, those of the longest).
-        means: see Marks, (n, hidden); None of versions of earlier releases, whose texts are compared by their pieces.
+        means: see Marks, (n, hidden); of versions of earlier releases, of no texts: (0, hidden).
+        clients: the client_hash of the client that sent each text in `means`, uint64.
     """
 
-    def __init__(self, pieces: Pieces, means: NDArray[np.float16] | None) -> None:
+    def __init__(self, pieces: Pieces, means: NDArray[np.float16], clients: NDArray[np.uint64]) -> None:
         """Raises ValueError for an array of another shape or type, or with values that are not finite."""
         if pieces.dtype != np.uint32 or pieces.ndim != 2 or not 0 < pieces.shape[1] <= MOST_PIECES:
             raise ValueError(
                 f"pieces must be uint32 (n, 1 to {MOST_PIECES}), got {pieces.dtype} {pieces.shape}"
             )
-        if means is not None and (means.dtype != np.float16 or means.ndim != 2 or len(means) != len(pieces)):
+        if means.dtype != np.float16 or means.ndim != 2 or len(means) not in (0, len(pieces)):
             raise ValueError(
                 f"means must be float16 ({len(pieces)}, hidden), got {means.dtype} {means.shape}"
             )
-        if means is not None and not np.isfinite(means).all():
+        if clients.dtype != np.uint64 or clients.shape != means.shape[:1]:
+            raise ValueError(f"clients must be uint64 ({len(means)},), got {clients.dtype} {clients.shape}")
+        if not np.isfinite(means).all():
             raise ValueError("means has values that are not finite")
-        self.means = None if means is None else np.ascontiguousarray(means)
-        self._rows = np.zeros((0, 0), np.float32) if means is None else means.astype(np.float32)
+        self.means, self.clients = np.ascontiguousarray(means), np.ascontiguousarray(clients)
+        self._rows = means.astype(np.float32)
         self._squares = np.square(self._rows).sum(1)
         most = max(1, int((pieces != NO_PIECE).sum(1).max(initial=0)))
         self.pieces = pieces = np.ascontiguousarray(pieces[:, :most])
@@ -106,21 +117,23 @@ class FittedTexts:
         # The largest hash of a text that is known to have all smaller ones.
         self._known = np.where(self._sizes < MOST_PIECES, MOST_COUNT, pieces[:, -1] >> 16)
 
-    def is_near(self, text: Marks) -> bool:
+    def is_near(self, text: Marks, client: int | None) -> bool:
         """True if a text that is near to this one was among those of the fit.
 
-        Also for a text without pieces, and for one that takes too much work to compare. Each fitted text is compared by
-        itself, so further ones never make a near text count as new: others choose them.
+        client: client_hash of the client that sent it; None: all clients are the same. Also true for a text without
+        pieces, and for one that takes too much work to compare. Further fitted texts never make a near text count as
+        new: others choose them.
         """
-        return self._has_close(text) or self._has_pieces_of(text.pieces)
+        return self._has_pieces_of(text.pieces) or (client is not None and self._has_similar(text, client))
 
-    def _has_close(self, text: Marks) -> bool:
-        """True if a fitted text has nearly the same mean."""
-        if not len(self._rows):
-            return False
+    def _has_similar(self, text: Marks, client: int) -> bool:
+        """True if other clients' fitted texts have nearly the same mean."""
         mean = text.means.astype(np.float32)
-        distances = self._squares + mean @ mean - 2 * (self._rows @ mean)
-        return not distances.min() >= CLOSE * text.spreads  # true, too, for values that float16 cannot hold
+        squares = (self._squares + mean @ mean - 2 * (self._rows @ mean))[self.clients != client]
+        # Not finite for values that float16 cannot hold: the text then counts as near.
+        spread = float(text.spreads)
+        counts = (FAR * spread - squares) / ((FAR - CLOSE) * max(spread, 1e-9))
+        return not np.clip(counts, 0, 1).sum() < 1
 
     def _has_pieces_of(self, pieces: Pieces) -> bool:
         """True if a fitted text has most of the same word pieces."""
@@ -155,7 +168,10 @@ class FittedTexts:
         is_near |= (shared >= CONTAINED * mine) & (their_words >= HALF * all_theirs)
         return bool((is_near & (shared > 0)).any())
 
-    def are_near(self, texts: Marks) -> NDArray[np.bool_]:
-        """is_near for n texts, (n,)."""
+    def are_near(self, texts: Marks, clients: NDArray[np.uint64] | None) -> NDArray[np.bool_]:
+        """is_near for n texts, (n,). clients: of each, (n,); None: all are the same."""
+        names: Sequence[int | None] = [None] * len(texts.pieces) if clients is None else clients.tolist()
         each = zip(texts.pieces, texts.means, texts.spreads, strict=True)
-        return np.array([self.is_near(Marks(*one)) for one in each], np.bool_)
+        return np.array(
+            [self.is_near(Marks(*one), name) for one, name in zip(each, names, strict=True)], np.bool_
+        )

@@ -367,13 +367,13 @@ def fitted_of(artifact: Artifact) -> FittedTexts | None:
         return None
     try:
         tensors = _tensors(artifact, FITTED)
-        pieces, means = tensors["pieces"], tensors.get("means")
+        hidden, pieces = artifact.manifest.hidden_size, tensors["pieces"]
+        means = tensors.get("means", np.zeros((0, hidden), np.float16))
         if len(pieces) > MAX_FITTED:  # each audit compares all of them
             raise ValueError(f"pieces has {len(pieces)} texts; at most {MAX_FITTED} are allowed")
-        hidden = artifact.manifest.hidden_size
-        if means is not None and means.shape[1:] != (hidden,):
+        if means.shape[1:] != (hidden,):
             raise ValueError(f"means must have {hidden} values for each text, got {means.shape[1:]}")
-        return FittedTexts(pieces, means)
+        return FittedTexts(pieces, means, tensors.get("clients", np.zeros(0, np.uint64)))
     except (ValueError, KeyError) as error:
         raise StoreError(f"{artifact.path / FITTED}: {error}") from None
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from de3.exits.spans import Layout
-from de3.model_store.fitted import MOST_PIECES, Marks, Pieces
+from de3.model_store.fitted import MOST_PIECES, Marks, Pieces, client_hash
 from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import write_private_file
 from de3.model_store.segments import Tokens
@@ -75,6 +75,11 @@ class Records:
     def marks(self) -> Marks:
         """What shows whether the texts are near to others."""
         return Marks(self.pieces, self.states[:, 0], self.spreads)
+
+    @property
+    def client_hashes(self) -> NDArray[np.uint64]:
+        """The fitted.client_hash of each text's client, (n,)."""
+        return np.array([client_hash(name) for name in self.names], np.uint64)[self.clients]
 
     def part(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Records":
         """The records at these rows."""

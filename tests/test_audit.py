@@ -31,7 +31,7 @@ from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
 from de3.exits.spans import SpanRule
 from de3.export import recalibrate, records
-from de3.model_store.fitted import FittedTexts, Marks, pieces_of
+from de3.model_store.fitted import FittedTexts, Marks, client_hash, pieces_of
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, Store
@@ -693,9 +693,9 @@ def test_a_text_in_windows_is_no_evidence_if_one_of_them_is_near_to_a_fitted_tex
         """The key of a text in windows, of which the windows 7 are near."""
         one: Any = SimpleNamespace(_has_guarantee=True, served=SimpleNamespace(model=SimpleNamespace()))
         model = one.served.model
-        model.fitted, model.marks = SimpleNamespace(is_near=lambda window: window == 7), int
+        model.fitted, model.marks = SimpleNamespace(is_near=lambda window, _: window == 7), int
         with mock.patch.object(auditor, "_key", lambda _: 1):
-            return Auditor._evidence_key(one, Texts(parts))  # type: ignore[arg-type]
+            return Auditor._evidence_key(one, Texts(parts), "")  # type: ignore[arg-type]
 
     assert (key_of(1, 2, 3), key_of(1, 7, 3), key_of(7, 7), key_of(7, 1), key_of(1, 7)) == (1, *[None] * 4)
 
@@ -1062,19 +1062,26 @@ def test_records_have_only_finite_values(answering: Answerings) -> None:
     assert (one.kept[-1].share, one.kept[-1].states.dtype) == (0.5, np.float16)
 
 
-def test_an_audited_text_near_to_a_fitted_one_has_no_key(answering: Answerings) -> None:
-    """So it counts only against the exits, in whichever process it was audited."""
+@pytest.mark.parametrize("tenant", ["", "me", "you"])
+def test_an_audited_text_near_to_a_fitted_one_has_no_key(answering: Answerings, tenant: str) -> None:
+    """So it counts only against the exits, in whichever process it was audited; if similar, only to another's text."""
     texts = [
-        Tokens(np.array([[9, *ids, 9]]), np.zeros((1, 0)), truncated=False) for ids in ([1, 2, 3], [4, 5, 6])
+        Tokens(np.array([[9, *ids, 9]]), np.zeros((1, 0)), truncated=False)
+        for ids in ([1, 2, 3], [4, 5, 6], [7, 8])
     ]
-    found = []
-    for fitted in (None, FittedTexts(pieces_of(texts[0])[None], None)):
+    clients = np.array([client_hash("me")], np.uint64)
+    by_me, found = FittedTexts(pieces_of(texts[0])[None], np.ones((1, 1), np.float16), clients), []
+    for fitted in (None, by_me):
         one = answering(guarantee=0.2)
         one.served.model.fitted = fitted
+        one.served.model.marks = lambda tokens: Marks(
+            pieces_of(tokens), np.full(1, 1 if len(tokens) == 4 else 3, np.float16), np.ones((), np.float32)
+        )
         for text in texts:
-            one.answer(True, exits=4, tokens=text)
+            one.answer(True, exits=4, tokens=text, tenant=tenant)
         found.append([key for each in one.settled for key in each.keys])
-    assert None not in found[0] and len({*found[0]}) == 2 and found[1] == [None, found[0][1]]
+    similar = None if tenant == "you" else found[0][2]
+    assert None not in found[0] and len({*found[0]}) == 3 and found[1] == [None, found[0][1], similar]
 
 
 def test_a_pending_audit_of_one_tenant_delays_no_other(answering: Answerings) -> None:

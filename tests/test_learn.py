@@ -36,7 +36,7 @@ from de3.export.publish import as_stored
 from de3.export.records import opened, thinned
 from de3.export.records import texts_of as training_set
 from de3.model_store import records as files
-from de3.model_store.fitted import CLOSE, MOST_PIECES, NO_PIECE, FittedTexts, Marks, Pieces
+from de3.model_store.fitted import CLOSE, FAR, MOST_PIECES, NO_PIECE, FittedTexts, Marks, Pieces
 from de3.model_store.manifest import LEARNED_FROM, Learned, Manifest, base_of
 from de3.model_store.model import Model, fitted_of
 from de3.model_store.records import Records, joined, read
@@ -347,7 +347,7 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
 
     If each client has a guarantee of its own, all its held-out records test, even if it sends far less than another.
     Texts with most of the words of many others, sent before the copies, hide none of them, even if comparing with all
-    takes too much work. Copies in other words of the same meaning are near, too.
+    takes too much work. Copies in other words of the same meaning are near, too, if other clients have sent them.
     """
     monkeypatch.setattr("de3.model_store.fitted.MOST_COMPARED", 2000)
     pieces = np.stack([pieces_with(*range(10 * i, 10 * i + 10)) for i in range(400)])
@@ -358,6 +358,7 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
         pieces[300:] = np.stack([pieces_with(*range(10 * i, 10 * i + 10)) for i in range(300, 400)])
         states[300:, 0] = states[:100, 0] + 0.01
         spreads[1500:] = 1.2 * some.states.shape[2] * 0.01**2 / CLOSE
+    clients = np.concatenate([np.zeros(1200, np.int32), some.clients[:300], 1 - some.clients[:100]])
     decoys = np.stack(
         [
             pieces_with(*(p for p in range(250 * (i % 4), 250 * (i % 4 + 1)) if p % 10 < 9))
@@ -369,6 +370,7 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
         replace(some, states=states).part(rows),
         pieces=np.concatenate([decoys, pieces]),
         spreads=spreads,
+        clients=clients,
         texts=[4800.0, 400.0] if by_client else some.texts,
         numbers=np.arange(1600),
         extra=np.arange(1600) < 1200,
@@ -378,7 +380,11 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
         base = replace(base, manifest=base.manifest.model_copy(update={"upstream": "0" * 64}))
         copied = replace(copied, states=states)
     found = learning.fit_exits(copied, base.manifest, 1, Limits(0.2), by_client=by_client)
-    assert [row.key for row in found.evidence] == [*range(240, 300), *[None] * 100]
+    is_near = has_same_words or by_client
+    assert [row.key for row in found.evidence] == [
+        *range(240, 300),
+        *([None] * 100 if is_near else range(300, 400)),
+    ]
     assert {row.cut for row in found.evidence} == {1439}
     if not has_upstream:
         store = Store(tmp_path)
@@ -390,9 +396,10 @@ def test_texts_near_to_a_fitted_one_count_only_against_the_exits(
 def test_too_few_records_are_refused(some: Records, base: Artifact) -> None:
     """Texts that are all near to each other are no new texts."""
     without_pieces = replace(some, pieces=np.full_like(some.pieces, NO_PIECE))
-    for few in (some.part(np.arange(8)), without_pieces, replace(some, spreads=some.spreads + 1e6)):
+    similar = replace(some, spreads=some.spreads + 1e6)
+    for few, by_client in ((some.part(np.arange(8)), False), (without_pieces, False), (similar, True)):
         with pytest.raises(ValueError, match="too few"):
-            learning.fit_exits(few, base.manifest, 1, Limits(0.2))
+            learning.fit_exits(few, base.manifest, 1, Limits(0.2), by_client=by_client)
 
 
 def ledger_of(manifest: Manifest, **settings: Any) -> Ledger:
@@ -406,7 +413,8 @@ def marked(pieces: Pieces) -> Marks:
 
 
 def fitted_to(pieces: Pieces) -> FittedTexts:
-    return FittedTexts(pieces, np.ones((len(pieces), 1), np.float16))
+    """The texts of client 0."""
+    return FittedTexts(pieces, np.ones((len(pieces), 1), np.float16), np.zeros(len(pieces), np.uint64))
 
 
 @given(
@@ -426,7 +434,7 @@ def test_near_texts_share_most_of_their_word_pieces(
 
     def is_near(texts: list[list[int]]) -> bool:
         return fitted_to(np.stack([pieces_with(*text) for text in [*texts, []]])[:-1]).is_near(
-            marked(pieces_with(*one))
+            marked(pieces_with(*one)), 1
         )
 
     expected = not one or any(
@@ -442,19 +450,29 @@ def test_near_texts_share_most_of_their_word_pieces(
     assert found[-1] == (expected or sum(len({*one} & {*text}) for text in fitted) > limit)
 
 
-@given(st.lists(st.floats(-9, 9, width=16), max_size=20), st.floats(-9, 9, width=16), st.floats(0, 9))
-def test_texts_in_similar_words_are_near(fitted: list[float], one: float, spread: float) -> None:
-    """No further texts make a near one new."""
+@given(
+    st.lists(st.tuples(st.floats(-9, 9, width=16), st.booleans()), max_size=20),
+    st.floats(-9, 9, width=16),
+    st.floats(0.125, 9, width=16),
+    st.booleans(),
+)
+def test_texts_similar_to_those_of_other_clients_are_near(
+    fitted: list[tuple[float, bool]], one: float, spread: float, has_clients: bool
+) -> None:
+    """Together, at least as much as one whose mean is close; no further texts make a near one new."""
     text = Marks(pieces_with(1), np.array([one, 3], np.float16), np.float32(spread))
-    means = np.array([[each, 3] for each in fitted], np.float16).reshape(-1, 2)
+    means = np.array([[each, 3] for each, _ in fitted], np.float16).reshape(-1, 2)
+    clients = np.array([is_own for _, is_own in fitted], np.uint64)
+    pieces = np.stack([pieces_with(2 + i) for i in range(20)])
     found = [
-        FittedTexts(np.stack([pieces_with(2 + i) for i in range(20)])[:count], means[:count]).is_near(text)
-        for count in range(len(fitted) + 1)
+        FittedTexts(pieces[:n], means[:n], clients[:n]).is_near(text, 1 if has_clients else None)
+        for n in range(len(fitted) + 1)
     ]
     assert found == sorted(found)
-    nearest = min([(each - text.means[0]) ** 2 for each in fitted], default=99)
-    if abs(nearest - CLOSE * spread) > 1e-3:
-        assert found[-1] == (nearest < CLOSE * spread)
+    shares = [(each - one) ** 2 / spread for each, is_own in fitted if not is_own]
+    total = sum(min(1, max(0, (FAR - share) / (FAR - CLOSE))) for share in shares)
+    if abs(total - 1) > 1e-3:
+        assert found[-1] == (has_clients and total > 1)
 
 
 def test_the_spread_of_a_text_is_the_variance_of_its_mean(base: Artifact) -> None:
@@ -478,7 +496,13 @@ def test_the_spread_of_a_text_is_the_variance_of_its_mean(base: Artifact) -> Non
 )
 def test_damaged_means_of_fitted_texts_are_refused(means: NDArray[Any]) -> None:
     with pytest.raises(ValueError, match="means"):
-        FittedTexts(pieces_with(1)[None], means)
+        FittedTexts(pieces_with(1)[None], means, np.zeros(len(means), np.uint64))
+
+
+@pytest.mark.parametrize("clients", [np.zeros(2, np.uint64), np.zeros(1), np.zeros((1, 1), np.uint64)])
+def test_damaged_clients_of_fitted_texts_are_refused(clients: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match="clients"):
+        FittedTexts(pieces_with(1)[None], np.ones((1, 1), np.float16), clients)
 
 
 @pytest.mark.parametrize(("length", "count"), [(12, 12_000), (300, 800)])
@@ -487,10 +511,10 @@ def test_no_number_of_decoys_hides_a_copy(length: int, count: int) -> None:
     pieces = np.random.default_rng(0).permutation(2**16 - 1).tolist()
     own, decoy = pieces[:length], pieces[length // 10 : 3 * length]
     decoys = np.repeat(pieces_with(*decoy)[None], count, 0)
-    assert not fitted_to(decoys).is_near(marked(pieces_with(*own)))
+    assert not fitted_to(decoys).is_near(marked(pieces_with(*own)), 1)
     for copy in (own[1:], [*own, pieces[-1]]):
         fitted = fitted_to(np.concatenate([decoys, pieces_with(*copy)[None]]))
-        assert fitted.is_near(marked(pieces_with(*own)))
+        assert fitted.is_near(marked(pieces_with(*own)), 1)
 
 
 @pytest.mark.parametrize("added", [range(0), range(24), range(1000, 1024)])
@@ -500,8 +524,8 @@ def test_a_copy_of_a_long_text_is_near_whatever_is_added(added: Sequence[int]) -
     other = np.random.default_rng(1).choice(2**16 - 1, 400, replace=False).tolist()
     ours, copy = pieces_with(*own), pieces_with(*{*own, *added})
     for fitted, one in ((ours, copy), (copy, ours)):
-        assert fitted_to(fitted[None]).is_near(marked(one))
-        assert not fitted_to(fitted[None]).is_near(marked(pieces_with(*other)))
+        assert fitted_to(fitted[None]).is_near(marked(one), 1)
+        assert not fitted_to(fitted[None]).is_near(marked(pieces_with(*other)), 1)
 
 
 def test_risk_is_fitted_to_exits_that_did_not_see_the_text(base: Artifact) -> None:
@@ -596,7 +620,7 @@ def test_learned_exits_leave_full_depth_as_it_was(base: Artifact, learned: tuple
             old, new = Model(base, runtime), Model(made, runtime)
             assert old.runtime == new.runtime and new.fitted is not None
             for text, is_near in ((texts_of(1, 6)[0], True), ("good weak fine dull not", False)):
-                assert new.fitted.is_near(new.marks(new.tokenize(text))) == is_near
+                assert new.fitted.is_near(new.marks(new.tokenize(text)), None) == is_near
             for text in texts_of(6, 8):
                 check_full_depth(old, new, text)
 
@@ -667,7 +691,7 @@ def test_a_learned_version_is_calibrated_on_texts_that_its_exits_have_not_seen(
     some.write(tmp_path / "records")
     fitted = fitted_of(learned[1])
     assert fitted is not None
-    unseen = int((~fitted.are_near(some.marks)).sum())
+    unseen = int((~fitted.are_near(some.marks, some.client_hashes)).sum())
     made = recalibrate.recalibrate_on_records(
         learned[1], Store(tmp_path), [tmp_path / "records"], 0.5, "auto"
     )

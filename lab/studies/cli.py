@@ -92,7 +92,7 @@ def near(
 ) -> None:
     """Measure how many texts are near to one of those that exits were fitted to, so that they prove nothing.
 
-    The first row is that of texts made from templates.
+    In brackets: if other clients have sent these. The first row is that of texts made from templates.
 
     Example: python -m lab study near runs/clinc/texts.jsonl
     """
@@ -106,7 +106,8 @@ def near(
         sources[str(file)] = random.Random(0).sample(found, len(found))
     for name, each in sources.items():
         used = [count for count in counts if count + unseen <= len(each)]
-        rows.append([name, *(f"{share:.1%}" for share in near_shares(opened, each, used, unseen))])
+        shares = near_shares(opened, each, used, unseen)
+        rows.append([name, *(f"{own:.1%} ({others:.1%})" for own, others in shares)])
     show(["texts", *(f"{count} fitted" for count in counts)], rows)
 
 

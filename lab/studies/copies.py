@@ -352,18 +352,21 @@ def templated(count: int) -> list[str]:
     return list(dict.fromkeys(found))[:count]
 
 
-def near_shares(model: Model, texts: Sequence[str], counts: Sequence[int], unseen: int) -> list[float]:
-    """The share of `unseen` texts that are near to one of the others, by the number of these."""
+def near_shares(
+    model: Model, texts: Sequence[str], counts: Sequence[int], unseen: int
+) -> list[tuple[float, float]]:
+    """The share of `unseen` texts that are near to others, of the same client and of another, by their number."""
     marks = [model.marks(model.tokenize(text)) for text in texts[: max(counts) + unseen]]
     pieces, means = (
         np.array([one.pieces for one in marks]),
         np.array([one.means for one in marks], np.float16),
     )
 
-    def share(fitted: FittedTexts) -> float:
-        return sum(map(fitted.is_near, marks[-unseen:])) / unseen
+    def share(count: int, client: int) -> float:
+        fitted = FittedTexts(pieces[:count], means[:count], np.zeros(count, np.uint64))
+        return sum(fitted.is_near(one, client) for one in marks[-unseen:]) / unseen
 
-    return [share(FittedTexts(pieces[:count], means[:count])) for count in counts]
+    return [(share(count, 0), share(count, 1)) for count in counts]
 
 
 def _row(name: str, found: Sequence[Outcome], rate: float) -> list[str]:

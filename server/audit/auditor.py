@@ -27,6 +27,7 @@ from de3.exits.kinds import differs
 from de3.exits.reading import Reading, SpansReading
 from de3.exits.rule import ExitRule
 from de3.exits.windows import exits_of
+from de3.model_store.fitted import client_hash
 from de3.model_store.records import packed
 from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Windows
@@ -332,7 +333,7 @@ class Auditor:
                 self._traffic.texts += 1
             tokens = item.progress.tokens if windows is None else windows
             assert tokens is not None
-            key = self._evidence_key(tokens) if is_drawn else None
+            key = self._evidence_key(tokens, name) if is_drawn else None
             passed = [one.passed for one in outcome.windows] or [outcome.passed]
             is_pending = is_drawn and any(len(one) < exits for one in passed)
             if is_pending or entry is None or entry.is_pending:
@@ -519,13 +520,14 @@ class Auditor:
         has_flag = self.served.rules.limits.flag is not None
         return has_flag and self._ask is None and not self.served.model.manifest.is_spans
 
-    def _evidence_key(self, tokens: Tokens | Windows) -> int | None:
+    def _evidence_key(self, tokens: Tokens | Windows, tenant: str) -> int | None:
         """The key of an audited text; see Settled."""
         if not self._has_guarantee:
             return None
         model = self.served.model
         parts = [tokens] if isinstance(tokens, Tokens) else [tokens[number] for number in range(len(tokens))]
-        if model.fitted is not None and any(model.fitted.is_near(model.marks(one)) for one in parts):
+        client = client_hash(tenant) if tenant else None
+        if model.fitted is not None and any(model.fitted.is_near(model.marks(one), client) for one in parts):
             return None
         return _key(tokens if isinstance(tokens, Tokens) else tokens.whole)
 
