@@ -48,7 +48,14 @@ def flag_table(
         names[least] = names.get(least) or f"recall {100 * recall:g}%"
     certified = [] if missed is None else [missed.taus[missed.row_within(limit)] for limit in LIMITS]
     limits = [f"max_missed {100 * limit:g}%" for limit in LIMITS[: len(certified)]]
-    columns = ("threshold", "", "recall", "false alarms", "missed by exits at the default τ", *limits)
+    columns = (
+        "if the flag's threshold were",
+        "",
+        "recall",
+        "false alarms",
+        "missed by exits at the default τ",
+        *limits,
+    )
     table = empty_table(columns, f"{len(found)} samples to find among {len(wanted)}, at full depth")
     for least, name in sorted(names.items()):
         at = replace(flag, thresholds=(least,) * len(flag.thresholds))

@@ -104,7 +104,7 @@ class Flag(TypedDict):
         bool | None,
         Field(
             description="the answer reaches the flag's threshold; null: what was read does not, but the latency budget "
-            "ended, or the text was truncated"
+            "or max_layer ended the run, or the text was truncated"
         ),
     ]
     window: NotRequired[
@@ -260,9 +260,9 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
     if (flag := job.choice.rule.flag) is not None:
         is_raised = flag.is_raised(reading)
-        # What a latency budget or a limit cuts off is never safe.
-        is_cut = outcome.reason == "deadline" or outcome.truncated
-        row["flag"] = {"flagged": is_raised or (None if is_cut else False)}
+        row["flag"] = {
+            "flagged": is_raised or (None if outcome.is_cut else False)
+        }  # what is cut off is never safe
         if isinstance(reading, ClassReading | LabelsReading):
             prob = flag.prob(reading)
             label = labels[flag.label(reading)]

@@ -85,6 +85,10 @@ def flag_of(wanted: Wanted, manifest: Manifest, kind: Kind) -> Flag:
             if not names:
                 raise refusal(f"{manifest.name} has labels; name those that are flagged")
             labels = sorted({known[name] for name in names})
+            if isinstance(kind, Classes) and len(labels) == len(known) > 1:
+                raise refusal(
+                    f"it has every label of {manifest.name}, so no text could exit early; leave some out"
+                )
             if isinstance(kind, Classes):
                 return Flag(tuple(labels), (DEFAULT_THRESHOLD if threshold is None else threshold,))
             own = [sigmoid(kind.logits[k]) if threshold is None else threshold for k in labels]

@@ -481,7 +481,8 @@ class Rules:
         """The choice of the largest τ at which at most this share of flagged texts is missed, as certified."""
         missed = self._certified_missed
         if missed is None:
-            what = "without a flag" if self._manifest.missed is None else "with another flag than --flag"
+            own = certified_flag(self._manifest)
+            what = "without a flag" if own is None else f"with the flag {own}, not with {self.flag}"
             raise RequestError(
                 f"max_missed: {self.name} was calibrated {what}; use de3 calibrate --flag",
                 "max_missed",

@@ -100,7 +100,7 @@ class RuntimeSettings(BaseModel):
     ] = None
     max_missed: Annotated[
         float | None,
-        Field(ge=0, le=1),
+        Field(gt=0, le=1),
         Option(
             help="Maximum share of the texts flagged at full depth that early exits answer as safe, certified by a "
             "calibration with a flag (de3 calibrate --flag), for requests without exit options; instead of --tau."

@@ -367,6 +367,18 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
             f"{server.url}/api/v1/text/contents", json={"contents": TEXTS, "detector_params": params}
         )
         assert found.status_code == 200, found.text
+        # What max_layer cuts off is not safe, in any window; where a response cannot say so, it is an error.
+        for more in ({}, {"long": "windows"}):
+            rows = rows_of(server, input=[*TEXTS[:20], " ".join(TEXTS)], max_layer=1, tau=0, **more)
+            assert all(row["exit"]["reason"] == "max_layer" for row in rows)
+            assert {row["flag"]["flagged"] for row in rows} <= {None, True} and rows[0]["flag"][
+                "flagged"
+            ] is None
+        cut = httpx.post(
+            f"{server.url}/api/v1/text/contents",
+            json={"contents": TEXTS[:1], "detector_params": params | {"max_layer": 1, "tau": 0}},
+        )
+        assert cut.status_code == 422 and "max_layer: a text was not decided by layer 1" in cut.text
         # Texts in several windows are not certified.
         options: dict[str, Any]
         for options in ({}, {"max_missed": 0.1}, {"tau": 0.6}):
@@ -385,7 +397,7 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
     other = Store(tmp_path).open("other").manifest
     assert other.missed is None and Rules(other, Settings()).flag is None
     cases: list[tuple[Path, dict[str, Any], str]] = [
-        (tmp_path, {"flags": ["negative"]}, "with another flag than --flag"),
+        (tmp_path, {"flags": ["negative"]}, "with the flag negative@0.6, not with negative;"),
         (store, {}, "without a flag"),
     ]
     for folder, options, says in cases:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from de3.exits.flags import Flag
 from de3.exits.kinds import CLASSES, Labels, Value
 from de3.exits.reading import ClassReading, ValueReading
+from de3.exits.rule import ExitRule
+from de3.exits.signals import Entropy
 from de3.exits.windows import Span, combination, exits_of
 from de3.model_store.store import Store
 from de3.runtime.classification import Classification
@@ -150,14 +152,17 @@ def test_labels_that_are_not_safe_count_together_and_unread_windows_are_an_error
     labels = ["BENIGN", "INJECTION", "JAILBREAK"]
     reading = ClassReading(1, [0.0] * 3, [0.02, 0.49, 0.49], 1, *NO_SIGNALS)
     request = ContentsRequest([Text("a")], safe=frozenset(["BENIGN"]))
-    one: Any = SimpleNamespace(reading=reading, reason="last_layer", windows=(), num_windows=1)
+    rule = ExitRule(0.5, Entropy())
+    one: Any = SimpleNamespace(reading=reading, reason="last_layer", windows=(), num_windows=1, rule=rule)
     one.check_all_ran = partial(Outcome.check_all_ran, one)
     assert request.found(one, labels) == [("INJECTION", pytest.approx(0.98))]
     request = replace(request, threshold=0.4)
     assert request.found(one, labels) == [("INJECTION", 0.49), ("JAILBREAK", 0.49)]
     request = replace(request, threshold=0.99)
     assert request.found(one, labels) == []
-    unread: Any = SimpleNamespace(reading=reading, reason="deadline", windows=[None] * 2, num_windows=3)
+    unread: Any = SimpleNamespace(
+        reading=reading, reason="deadline", windows=[None] * 2, num_windows=3, rule=rule
+    )
     unread.check_all_ran = partial(Outcome.check_all_ran, unread)
     with pytest.raises(RequestError, match=r"latency_budget_ms: only 2 of a text's 3 windows"):
         request.found(unread, labels)

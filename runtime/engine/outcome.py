@@ -67,8 +67,20 @@ class Outcome:
     end: int | None = None
     upstream_s: float = 0.0
 
+    @property
+    def is_cut(self) -> bool:
+        """True if a part of the text was not read, or the model might have flagged it in a deeper layer.
+
+        Of a text in windows, max_layer may have cut off any.
+        """
+        at_max = self.reason == "max_layer" or (len(self.windows) > 0 and self.rule.max_layer is not None)
+        return self.truncated or self.reason == "deadline" or (self.rule.flag is not None and at_max)
+
     def check_all_ran(self) -> None:
-        """Raise RequestError if a latency budget ended before all windows ran or, with a flag, were decided."""
+        """Raise RequestError if a latency budget ended before all windows ran or, with a flag, an answer is cut off."""
+        if self.rule.flag is not None and self.is_cut and self.reason != "deadline" and not self.truncated:
+            message = f"max_layer: a text was not decided by layer {self.layer}, so it is not safe; allow more layers"
+            raise RequestError(message, "max_layer")
         ran, windows = max(1, len(self.windows)), self.num_windows
         if self.reason == "deadline" and (ran < windows or self.rule.flag is not None):
             what = (
