@@ -28,6 +28,7 @@ MOST_COMPARED = 2**21
 # and linearly between; together they must count 1. A client's own texts are compared by their pieces only: those made
 # from a template are as close as that to each other, and so will its next ones be (lab/docs/copies.md).
 CLOSE, FAR = 0.2, 0.5
+MAIN = 64  # axes along which most texts that are not similar are told apart
 
 Pieces = NDArray[np.uint32]
 
@@ -101,8 +102,10 @@ class FittedTexts:
         if not np.isfinite(means).all():
             raise ValueError("means has values that are not finite")
         self.means, self.clients = np.ascontiguousarray(means), np.ascontiguousarray(clients)
-        self._rows = means.astype(np.float32)
-        self._squares = np.square(self._rows).sum(1)
+        self._rows, self._senders = means.astype(np.float32), {*clients.tolist()}
+        self._axes = _main_axes(self._rows)
+        self._main = self._rows @ self._axes
+        self._squares = np.square(self._main).sum(1)
         most = max(1, int((pieces != NO_PIECE).sum(1).max(initial=0)))
         self.pieces = pieces = np.ascontiguousarray(pieces[:, :most])
         texts, places = np.nonzero(pieces != NO_PIECE)
@@ -128,12 +131,18 @@ class FittedTexts:
 
     def _has_similar(self, text: Marks, client: int) -> bool:
         """True if other clients' fitted texts have nearly the same mean."""
-        mean = text.means.astype(np.float32)
-        squares = (self._squares + mean @ mean - 2 * (self._rows @ mean))[self.clients != client]
-        # Not finite for values that float16 cannot hold: the text then counts as near.
-        spread = float(text.spreads)
+        if self._senders <= {client}:
+            return False
+        mean, spread = text.means.astype(np.float32), float(text.spreads)
+        if not np.isfinite(mean).all():  # it has values that float16 cannot hold
+            return True
+        # Along some orthonormal axes, distances are at most as large.
+        main = mean @ self._axes
+        squares = self._squares + main @ main - 2 * (self._main @ main)
+        rows = np.flatnonzero((squares < FAR * spread) & (self.clients != client))
+        squares = np.square(self._rows[rows] - mean).sum(1)
         counts = (FAR * spread - squares) / ((FAR - CLOSE) * max(spread, 1e-9))
-        return not np.clip(counts, 0, 1).sum() < 1
+        return bool(np.clip(counts, 0, 1).sum() >= 1)
 
     def _has_pieces_of(self, pieces: Pieces) -> bool:
         """True if a fitted text has most of the same word pieces."""
@@ -175,3 +184,11 @@ class FittedTexts:
         return np.array(
             [self.is_near(Marks(*one), name) for one, name in zip(each, names, strict=True)], np.bool_
         )
+
+
+def _main_axes(rows: Array) -> Array:
+    """Orthonormal axes along which rows (n, hidden) vary most: (hidden, at most MAIN)."""
+    if len(rows) < 2:
+        return np.zeros((rows.shape[1], 0), np.float32)
+    centred = rows - rows.mean(0)
+    return np.asarray(np.linalg.eigh(centred.T @ centred)[1][:, -MAIN:], np.float32)
