@@ -135,7 +135,7 @@ def calibrate(
     if missed is not None:
         default = _within_missed(tables[name], default, missed)
     recorded = samples.recorded
-    _report(tables, default, samples, self_labelled)
+    _report(tables, default, samples, self_labelled, guard is not None)
     calibrated = Calibration.model_validate(
         {
             "tune_size": tune_size,
@@ -245,14 +245,22 @@ def _choose(signals: dict[str, tuple[Signal, float]]) -> str:
 
 
 def _report(
-    tables: dict[str, list[TradeOff]], default: TradeOff, samples: Samples, self_labelled: bool
+    tables: dict[str, list[TradeOff]],
+    default: TradeOff,
+    samples: Samples,
+    self_labelled: bool,
+    has_flag: bool,
 ) -> None:
+    """Print the trade-offs. With a flag, too, they are those without it: then they hold for any."""
     count = f"{len(samples.recorded.labels)} certifying samples"
     if len(samples.recorded.failures()) > 1:
         count += f", {len(samples.recorded.failures()[1][1])} with spans"
     reference = "full depth" if samples.recorded.original is None else "the original model"
     columns = ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%")
-    table = empty_table(columns, f"Speed-up in layers by disagreement with {reference}, {count}")
+    title = f"Speed-up in layers by disagreement with {reference}, {count}"
+    if has_flag:
+        title += ", if flagged answers exited early, too"
+    table = empty_table(columns, title)
     for rows in sorted(tables.values(), key=calibration.mean_speedup, reverse=True):
         mark = "  (default)" if rows[0].signal == default.signal else ""
         certified = TradeOffs(rows)
