@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from de3.exits.rule import ExitRule
+from de3.exits.signals import Edr
 from de3.model_store.forward import NativeForward
 from de3.model_store.model import Model
 from de3.model_store.store import Store
@@ -271,23 +272,29 @@ def busy(loop: Loop, model: Model) -> Iterator[None]:
 
 
 HERE = current_thread().name
+RULE = ExitRule(1e-9, Edr(1.0))
 
 
 def test_short_texts_run_on_the_event_loop_a_step_at_a_time(loop: Loop, model: Model) -> None:
-    new = job(model)  # a layer per step
+    new = job(model, rule=RULE)  # a layer per step
     loop.submit(new)
     assert loop.soon and not loop.done
     assert loop.run() == model.manifest.num_layers
     assert loop.done == [(HERE, None)]
-    assert answers({item: [item.outcome] for item in new.items if item.outcome}) == alone(model, TEXTS)
-    loop.submit(job(model, ["a" * (2 * PIECE + 1)]))
+    assert answers({item: [item.outcome] for item in new.items if item.outcome}) == alone(
+        model, TEXTS, rule=RULE
+    )
+    loop.submit(job(model, ["a" * (2 * PIECE + 1)], rule=RULE))
     assert loop.run() == 1
     until(lambda: loop.done[1:] == [("engine-0", None)], "the thread to run a long text")
+    loop.submit(job(model))
+    assert not loop.soon
+    until(lambda: loop.done[2:] == [("engine-0", None)], "the thread to run texts at full depth")
 
 
 def test_a_busy_thread_takes_the_short_texts(loop: Loop, model: Model) -> None:
     with busy(loop, model):
-        loop.submit(job(model, TEXTS[:1]))
+        loop.submit(job(model, TEXTS[:1], rule=RULE))
         loop.run()
         assert len(loop.done) == len(loop.engine.queue) == 1
     until(lambda: loop.done[1:] == [("engine-0", None)], "the thread to run the short text")
@@ -295,7 +302,7 @@ def test_a_busy_thread_takes_the_short_texts(loop: Loop, model: Model) -> None:
 
 def test_texts_that_the_event_loop_has_not_run_are_answered_at_the_end(loop: Loop, model: Model) -> None:
     for _ in range(2):
-        loop.submit(job(model))
+        loop.submit(job(model, rule=RULE))
     loop.soon[0]()  # one step
     loop.engine.stop()
     assert loop.done == [("engine-0", None)] * 2
@@ -306,7 +313,7 @@ def test_while_the_event_loop_runs_texts_the_thread_waits(loop: Loop, model: Mod
     def run(one: NativeForward, forward: Any, *given: Any) -> None:
         queue = loop.engine.queue
         queue.put(jobs.job(["good"], [0.0], model=model, is_shadow=True))
-        loop.submit(job(model, ["a" * (2 * PIECE + 1)]))
+        loop.submit(job(model, ["a" * (2 * PIECE + 1)], rule=RULE))
         queue._changed.acquire()
         queue._changed.notify()
         queue._changed.release()
@@ -316,7 +323,7 @@ def test_while_the_event_loop_runs_texts_the_thread_waits(loop: Loop, model: Mod
 
     forward = NativeForward.__call__
     with mock.patch.object(NativeForward, "__call__", partialmethod(run, forward)):
-        loop.submit(job(model, TEXTS[:1], layer_s=SHARE / 100))
+        loop.submit(job(model, TEXTS[:1], layer_s=SHARE / 100, rule=RULE))
         loop.soon.pop(0)()
     assert loop.done[:1] == [(HERE, None)]
     loop.run()
@@ -326,14 +333,14 @@ def test_while_the_event_loop_runs_texts_the_thread_waits(loop: Loop, model: Mod
 
 def test_texts_that_fail_on_the_event_loop_run_alone_on_the_thread(loop: Loop, model: Model) -> None:
     with mock.patch.object(NativeForward, "__call__", side_effect=RuntimeError("forged")):
-        loop.submit(job(model, TEXTS[:2]))
+        loop.submit(job(model, TEXTS[:2], rule=RULE))
         loop.run()
     until(lambda: loop.done == [("engine-0", None)], "the thread to run them")
     until(lambda: loop.engine.queue._waiting == 1, "the thread to wait")
     with mock.patch.object(loop.engine, "_run", side_effect=RuntimeError("forged")):
-        loop.submit(job(model, TEXTS[:2]))
+        loop.submit(job(model, TEXTS[:2], rule=RULE))
         loop.run()
     assert str(loop.done[1][1]) == "forged"
-    loop.submit(job(model, TEXTS[:2]))
+    loop.submit(job(model, TEXTS[:2], rule=RULE))
     loop.run()
     assert loop.done[-1] == (HERE, None)
