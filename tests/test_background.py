@@ -23,6 +23,7 @@ from de3.server.audit import ledgers
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.ledgers import Ledgers
 from de3.server.http.traces import Traces
+from de3.server.learn import learner as learner_module
 from de3.server.learn import learners
 from de3.server.learn.learners import Learners
 from de3.server.overload import Controller
@@ -107,7 +108,7 @@ def test_a_task_of_the_server_goes_on(
 def test_a_fit_that_fails_unexpectedly_is_reported(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(learners, "MIN_RECORDS", 1)
+    monkeypatch.setattr(learner_module, "MIN_RECORDS", 1)
     monkeypatch.setattr(learners, "run_fit", mock.AsyncMock(side_effect=UNEXPECTED))
     (learner,) = server.service.shared.audit_store.learners.all  # type: ignore[attr-defined]
     server.classify(input=["good", "bad"])

@@ -50,7 +50,8 @@ from tests.fixtures import exact_int8, using
 kernels = pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
 pytestmark = pytest.mark.usefixtures("kernels")
 ALL = kernels.implementations()  # the reference is the last
-# Instruction sets that differ only in the int8 product, and so give the same bits.
+# Instruction sets that differ only in the int8 product, and so give the same bits, except for products in bfloat16.
+LONG = 128  # tokens from which on attention multiplies in bfloat16
 SAME = [{"amx", "vnni"}, {"avxvnni", "avx2"}, {"i8mm", "dotprod"}]
 
 
@@ -260,7 +261,8 @@ def test_any_encoder_matches_onnx_runtime_or_has_no_kernels(
             for a, b in zip(expected, found, strict=True):
                 assert np.abs(a[0] - b).max() < 0.1 * max(1.0, np.ptp(a))
             bits[name] = hidden_states.tobytes()
-        assert all(len({bits[name] for name in names & bits.keys()}) <= 1 for names in SAME)
+        if not layer or tokens < LONG:
+            assert all(len({bits[name] for name in names & bits.keys()}) <= 1 for names in SAME)
     short = ids[:, : 1 + tokens // 2].copy()
     with using(rng.choice(ALL)):
         together = logits_of([ids, short], model, built, types, labels)
