@@ -1,12 +1,15 @@
 """A running server's parts and state (loading, ready, draining, stopping or failed); independent of protocols."""
 
 import asyncio
+import faulthandler
 import gc
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
-from time import perf_counter
+from threading import Event, Thread
+from time import perf_counter, sleep
 from typing import Any
 
 from de3.model_store.manifest import Manifest, base_of
@@ -31,7 +34,8 @@ from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
 
 log = logging.getLogger("de3")
-CHECK_S = 1.0  # interval between checks of the engine threads
+CHECK_S = 1.0  # interval between checks of the engine threads, and of the event loop
+HUNG_CHECKS = 30  # checks without an answer of the event loop, after which the process ends
 TRIM_CHECKS = 10  # checks between two returns of free memory to the system
 
 
@@ -127,6 +131,7 @@ class Service:
             self.engine.start(lambda: run_longest(models), _on(loop), loop.call_soon)
             self.shared.start()
             keep_running("engine_watchdog", lambda: self._watch_engine(on_failure))
+            Thread(target=self._watch_loop, args=(loop,), name="loop-watchdog", daemon=True).start()
             # Most objects that exist now are permanent. Later garbage collections, which delay requests, skip them.
             gc.collect()
             gc.freeze()
@@ -163,6 +168,24 @@ class Service:
         self.metrics.engine_failures.inc()
         self.failure = EngineError(problem)
         on_failure()
+
+    def _watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the process if its event loop hangs, for example in a kernel: nothing else could stop the server then.
+
+        Checks are counted, not seconds, so that a suspended process does not count as hung.
+        """
+        while self.state not in ("stopping", "failed"):
+            answered, checks = Event(), 0
+            _on(loop)(answered.set)
+            while not answered.wait(CHECK_S):
+                checks += 1
+                if not loop.is_running() or self.state in ("stopping", "failed"):
+                    return
+                if checks == HUNG_CHECKS:
+                    log.critical("the event loop has not answered for %d s; ending the process", checks)
+                    faulthandler.dump_traceback()
+                    os._exit(1)
+            sleep(CHECK_S)
 
     def drain(self) -> None:
         """Report not ready; requests are still answered until stop()."""

@@ -124,3 +124,33 @@ def test_a_server_with_a_stuck_thread_exits_non_zero_but_not_one_that_is_always_
                 statuses.append(answer.status_code)
         assert len(statuses) > 40 and statuses[-1] == 504
         assert running.wait(60) == 1
+
+
+HUNG = """
+import sys, time
+from de3.server import service
+from de3.runtime.engine import engine
+from de3.cli import main
+service.CHECK_S, service.HUNG_CHECKS = 0.05, 100
+runs, run_group = [], engine.run_group
+def hung(*arguments):
+    runs.append(arguments)
+    if len(runs) > 40:
+        time.sleep(600)
+    return run_group(*arguments)
+engine.run_group = hung
+sys.argv = ["de3", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_server_whose_event_loop_hangs_in_a_kernel_exits_non_zero(store: Path) -> None:
+    with process(store, "--model", "tiny-int8", "--threads", "1", code=HUNG) as running:
+        url = url_when_ready(running)
+        answered = 0
+        with suppress(httpx.TransportError):
+            while True:
+                httpx.post(url + "/classify", json={"input": "good", "tau": 1}, timeout=30)
+                answered += 1
+        assert answered == 40
+        assert running.wait(60) == 1
