@@ -46,6 +46,7 @@ def recalibrate(
     tune, certify = (load_examples(file, manifest.labels, **kind) for file in (tune_file, certify_file))
     for file, examples in ((tune_file, tune), (certify_file, certify)):
         check_input(examples, manifest.input, str(file))
+        warn(warnings_of(manifest, [e.text for e in examples], file))
     check_disjoint(tune, certify, tune_file, certify_file)
     _report_related([*tune, *certify])
     model = Model(artifact)
@@ -114,7 +115,7 @@ def recalibrate_on_texts(
     check_input(examples, artifact.manifest.input, str(file))
     used = with_fragments(examples) if fragments else examples
     _check_count(_report_related(used, len(examples) - len(used)))
-    warn(warnings_of(artifact.manifest, [e.text for e in examples]))
+    warn(warnings_of(artifact.manifest, [e.text for e in examples], file))
     recorded = record(Model(artifact), used, "the texts", for_fit=True)
     recorded = replace(recorded, labels=recorded.answers[:, -1])
     whole = CalibrationPart.of(recorded, used)

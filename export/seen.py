@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from de3.data.tables import TextOrPair, pair_of
@@ -17,11 +18,12 @@ def hashes_of(texts: Sequence[TextOrPair]) -> list[str]:
     return sorted(_hashes(texts))[:KEPT]
 
 
-def warnings_of(manifest: Manifest, texts: Sequence[TextOrPair]) -> list[str]:
+def warnings_of(manifest: Manifest, texts: Sequence[TextOrPair], file: Path) -> list[str]:
     """A warning if some of a calibration's texts were fitted, as exits agree with full depth there more than elsewhere.
 
     How many were is estimated from the texts whose hashes are not above the largest one that is kept. No warning for a
-    model without such hashes. Raises ValueError if many were, as the certificate would be false.
+    model without such hashes. file: that of the texts, for the message. Raises ValueError if many were, as the
+    certificate would be false.
     """
     kept: Any = manifest.export.get(SEEN)
     if not isinstance(kept, list) or not kept or not all(isinstance(one, str) for one in kept):
@@ -33,8 +35,8 @@ def warnings_of(manifest: Manifest, texts: Sequence[TextOrPair]) -> list[str]:
     if share <= FEW:
         return []
     said = (
-        f"about {100 * share:.0f}% of the texts are among those that {manifest.full_name}'s exits were fitted to, "
-        "where exits agree with full depth more often than elsewhere: calibrate on others"
+        f"{file}: about {100 * share:.0f}% of the texts are among those that {manifest.full_name}'s exits were fitted "
+        "to, where exits agree with full depth more often than elsewhere: calibrate on others"
     )
     if share > MANY:
         raise ValueError(said)

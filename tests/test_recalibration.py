@@ -103,6 +103,10 @@ def test_unknown_labels_the_wrong_input_or_shared_samples_publish_no_calibration
             de3(f"calibrate tiny --tune {file} --certify {file} --store {mine}")
     with pytest.raises(ValueError, match=r"30 of its texts are in .*single.jsonl too"):
         de3(f"calibrate tiny-int8 --tune {file} --certify {file} --store {mine}")
+    edit(mine / "tiny-int8" / "1", lambda m: m["export"].update({SEEN: hashes_of(["a film", "a book"])}))
+    certify = write_rows(tmp_path / "fitted.jsonl", [("a film", "0"), ("a book", "1")])
+    with pytest.raises(ValueError, match=r"fitted\.jsonl: about 100% of the texts are among those"):
+        de3(f"calibrate tiny-int8 --tune {file} --certify {certify} --store {mine}")
     assert [path.name for path in mine.glob("tiny*/*")] == ["1", "1"]
 
 
@@ -115,15 +119,15 @@ def test_a_calibration_on_the_texts_that_exits_were_fitted_to_warns(
     texts = [*known[:fitted], *(f"other {i}" for i in range(others))]
     share = fitted / (fitted + others)
     if share > 0.1:  # its certificate would be false
-        with pytest.raises(ValueError, match="among those that tiny:1's exits were fitted to"):
-            warnings_of(manifest, texts)
+        with pytest.raises(ValueError, match=r"^texts\.jsonl: .* those that tiny:1's exits were fitted to"):
+            warnings_of(manifest, texts, Path("texts.jsonl"))
     elif share < 0.02:
-        assert warnings_of(manifest, texts) == []
+        assert warnings_of(manifest, texts, Path("texts.jsonl")) == []
     else:
-        (said,) = warnings_of(manifest, texts)
+        (said,) = warnings_of(manifest, texts, Path("texts.jsonl"))
         assert abs(float(said.split("%")[0].split()[-1]) / 100 - share) < 0.02
     for odd in ({}, {SEEN: 1}, {SEEN: [1]}, {SEEN: []}):
-        assert warnings_of(manifest.model_copy(update={"export": odd}), known) == []
+        assert warnings_of(manifest.model_copy(update={"export": odd}), known, Path()) == []
 
 
 def test_a_classifier_that_is_not_in_the_store_is_to_be_imported(store: Path, tmp_path: Path) -> None:
