@@ -178,7 +178,7 @@ def test_what_an_import_promises_and_serves(imported: Path, classifier: Path, tm
     manifest = Store(imported / "store").open("mine").manifest
     texts: list[TextOrPair] = [*(imported / "texts.txt").read_text().splitlines()]
     with pytest.raises(ValueError, match="100% of the texts"):
-        warnings_of(manifest, texts)
+        warnings_of(manifest, texts, imported / "texts.txt")
     assert manifest.calibration is not None
     full = next(row for row in manifest.calibration.table if row.tau == 0)
     with serving(imported / "store", models=["mine"]) as server:
