@@ -338,6 +338,30 @@ def path(
 
 
 @app.command()
+def answers(
+    urls: Annotated[list[str], typer.Argument(help="URLs of two running servers of the same models.")],
+    texts: options.Texts,
+    model: options.ModelName,
+    text_column: options.TextColumn = "text",
+    count: Annotated[int, typer.Option(help="Number of requests, about.", min=1)] = 28_000,
+) -> None:
+    """Compare the answers of two servers, such as those of two commits, to the byte, but for ids and times.
+
+    Example: python -m lab answers http://localhost:8000 http://localhost:8001 --model sst2 --texts dev.tsv
+    """
+    from lab import answers as study
+
+    if len(urls) != 2:
+        raise typer.BadParameter("give two URLs")
+    found = [one.text for one in read(texts, text_column)]
+    sent, statuses, differences = study.compare(urls, found, count, model)
+    for one in differences[:10]:
+        print(f"{one.path} {one.body[:300]}", *(answer[:1000] for answer in one.answers), sep="\n  ")
+    print(f"{sent} requests, by status {statuses}: {len(differences)} differences")
+    raise typer.Exit(len(differences) > 0)
+
+
+@app.command()
 def calls(
     store: options.Store,
     model: options.ModelName,
