@@ -109,20 +109,20 @@ class Answers:
             self.values["error"] += [one if isinstance(one, str) else None for one in answers]
 
     def add_job(self, job: Job) -> None:
-        """Append the answers of a finished job and of its fellows, and release them."""
+        """Append the answers of a finished job, and release them."""
         answers = list[Sequence[Mapping[str, Any]] | str]()
         for item in job.items:
-            if failed := [one for one in item.team if one.outcome is None]:
+            if failed := [head for head in item.heads if head.outcome is None]:
                 error = failed[0].error
                 where = error.field if isinstance(error, RequestError) else None
                 answers.append(str(error).removeprefix(f"{where}: "))
                 continue
-            answers.append([row_of(one, exact=True) for one in item.team])
-            for one, times in zip(item.team, self.times.values(), strict=True):
-                assert one.outcome is not None
-                for part in one.outcome.windows or (one.outcome,):
-                    speedup = one.job.served.timing.speedup(part.tokens, part.layer)
-                    times.add(part.model_s, part.model_s * speedup)
+            answers.append([row_of(item, head, exact=True) for head in item.heads])
+            for head, times in zip(item.heads, self.times.values(), strict=True):
+                assert head.outcome is not None
+                for window in head.outcome.windows or (head.outcome,):
+                    speedup = head.part.served.timing.speedup(window.tokens, window.layer)
+                    times.add(window.model_s, window.model_s * speedup)
         self.add(answers)
         job.release()
 

@@ -619,7 +619,7 @@ def _is_missing(value: object) -> bool:
 
 def _rows(job: Job) -> list[list[ClassifiedText]]:
     """Each model's answers to the texts of a finished job, which is released."""
-    rows = [[row_of(item) for item in one.items] for one in job.team]
+    rows = [list(map(row_of, job.items, part.heads)) for part in job.parts]
     job.release()
     return rows
 

@@ -13,6 +13,7 @@ from de3.exits.rule import ExitReason
 from de3.exits.signals import edr
 from de3.exits.spans import Span, merged, redacted
 from de3.runtime.classification import Classification
+from de3.runtime.engine.head import Head
 from de3.runtime.engine.job import Item
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.options import SignalName
@@ -215,13 +216,13 @@ class ClassifySeveralResponse(Envelope):
     ]
 
 
-def row_of(item: Item, exact: bool = False) -> ClassifiedText:
-    """The answer to a text of a finished job whose request is a Classification.
+def row_of(item: Item, head: Head, exact: bool = False) -> ClassifiedText:
+    """A model's answer to a text of a finished job whose request is a Classification.
 
     exact: the probabilities and signals are not rounded.
     """
-    job, outcome = item.job, item.outcome
-    request, manifest = job.request, job.model.manifest
+    part, outcome = head.part, head.outcome
+    request, manifest = item.job.request, part.model.manifest
     assert isinstance(request, Classification)
     assert outcome is not None  # the job is finished
     reading, signal, labels = outcome.reading, outcome.rule.signal, manifest.labels
@@ -258,7 +259,7 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
     if outcome.windows:
         layers = [window.layer for window in outcome.windows]
         row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
-    if (flag := job.choice.rule.flag) is not None:
+    if (flag := part.choice.rule.flag) is not None:
         is_raised = flag.is_raised(reading)
         row["flag"] = {
             "flagged": is_raised or (None if outcome.is_cut else False)
@@ -270,7 +271,7 @@ def row_of(item: Item, exact: bool = False) -> ClassifiedText:
         if (decisive := outcome.decisive) is not None:
             row["flag"] |= {"window": decisive.window, "start": decisive.start, "end": decisive.end}
     if request.ood:
-        score = job.served.monitor.score(outcome.passed)
+        score = part.served.monitor.score(outcome.passed)
         row["ood_score"] = score if exact else significant(score)
     if outcome.is_far:
         row["out_of_distribution"] = True

@@ -11,8 +11,9 @@ from time import perf_counter
 
 from de3.exits.kinds import differs
 from de3.model_store.manifest import Manifest
+from de3.runtime.engine.head import Part
 from de3.runtime.engine.job import Job, job_of
-from de3.runtime.engine.plan import check_texts, with_spans
+from de3.runtime.engine.plan import Plan, check_texts, with_spans
 from de3.runtime.engine.request import NOBODY, Entry, Request, Sender
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
@@ -33,7 +34,7 @@ class Inference:
 
     Attributes:
         served: the models; empty before run().
-        job: the job that the models run, with its fellows; None before run() and after release().
+        job: the job that the models run; None before run() and after release().
     """
 
     request: Request
@@ -43,7 +44,7 @@ class Inference:
     _done: "asyncio.Future[None] | None" = None
 
     async def run(self, service: Service) -> Job:
-        """Classify the texts; returns the finished job, which has the outcomes, as have its fellows.
+        """Classify the texts; returns the finished job, which has the outcomes.
 
         Raises RequestError if the request is refused or times out, or the error of a text that fails the job.
         """
@@ -62,12 +63,12 @@ class Inference:
                 await self._answer(job, self._done, service)
         else:
             await self._answer(job, self._done, service)
-        for one in (job, *job.fellows):
-            shadow = service.models.shadow_of(one.served)
+        for part in job.parts:
+            shadow = service.models.shadow_of(part.served)
             if shadow is not None:
-                _run_shadow(shadow, one, level, service)
-            service.metrics.answered(one)
-            service.int8.add(one)
+                _run_shadow(shadow, job, part, level, service)
+            service.metrics.answered(part)
+            service.int8.add(part.model, job.request)
         return job
 
     async def _answer(self, job: Job, done: "asyncio.Future[None]", service: Service) -> None:
@@ -77,7 +78,7 @@ class Inference:
             await self._wait(job, done, service)
         finally:
             service.admission.release(job)
-        if job.has_layouts:
+        if job.plan.has_layouts:
             _check_spans(job)
         if service.settings.upstreams:
             await _complete(job, service)
@@ -135,7 +136,7 @@ def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:
 def _check_spans(job: Job) -> None:
     """Raise RequestError if the response would have more than MAX_SPANS spans; one text's answer is always allowed."""
     explain, count = job.request.explain, 0
-    for outcomes in (one.outcomes() for one in job.team):
+    for outcomes in (part.outcomes() for part in job.parts):
         for outcome in outcomes:
             readings = outcome.passed if explain else [outcome.reading]
             count += sum(len(one.spans) for one in readings)
@@ -153,8 +154,8 @@ async def _complete(job: Job, service: Service) -> None:
     Nothing here takes time of the engine. Raises the RequestError of a text that is not answered.
     """
     upstreams, waiting = service.shared.upstreams, service.admission.waiting
-    jobs = [one for one in job.team if one.model.manifest.upstream is not None]
-    unsure = [sum(needs_upstream(one, outcome) for outcome in one.outcomes()) for one in jobs]
+    parts = [part for part in job.parts if part.model.manifest.upstream is not None]
+    unsure = [sum(needs_upstream(part, outcome) for outcome in part.outcomes()) for part in parts]
     try:
         if total := sum(unsure):
             waiting.take(job.client, total)
@@ -163,10 +164,10 @@ async def _complete(job: Job, service: Service) -> None:
             finally:
                 waiting.release(job.client, total)
     finally:  # texts that are not answered, or not well, need the upstream, too
-        for one, count in zip(jobs, unsure, strict=True):
-            upstreams.answered(one.model.manifest.name, len(one.items) - count, count)
-    for one in jobs:
-        service.metrics.texts.count(one.served, one.outcomes())
+        for part, count in zip(parts, unsure, strict=True):
+            upstreams.answered(part.model.manifest.name, len(part.heads) - count, count)
+    for part in parts:
+        service.metrics.texts.count(part.served, part.outcomes())
 
 
 def timed_out(service: Service) -> RequestError:
@@ -175,7 +176,7 @@ def timed_out(service: Service) -> RequestError:
     return RequestError(message, cause="timeout", retry_after_s=after_s)
 
 
-def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
+def _run_shadow(shadow: Served, job: Job, part: Part, level: int, service: Service) -> None:
     """Run the texts of a finished job on a shadow model, and count the answers that differ.
 
     A shadow job runs only while nothing else is pending, and can be preempted after each layer, so a server without
@@ -187,14 +188,14 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     # Texts that exited at a deadline are not compared, because the shadow runs without one.
     answers = [
         None if outcome.reason == "deadline" else answer
-        for outcome, answer in zip(job.outcomes(), job.answers(), strict=True)
+        for outcome, answer in zip(part.outcomes(), part.answers(), strict=True)
     ]
-    kind = job.model.manifest.kind
-    names = job.model.full_name, shadow.model.full_name
+    kind = part.model.manifest.kind
+    names = part.model.full_name, shadow.model.full_name
 
     def compare(error: Exception | None) -> None:
         if error is None:
-            pairs = [(a, b) for a, b in zip(answers, second.answers(), strict=True) if a is not None]
+            pairs = [(a, b) for a, b in zip(answers, second.first.answers(), strict=True) if a is not None]
             service.metrics.shadow_texts.labels(*names).inc(len(pairs))
             differing = sum(differs(kind, a, b) for a, b in pairs)
             service.metrics.shadow_disagreements.labels(*names).inc(differing)
@@ -202,13 +203,12 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
 
     try:
         check_texts(job.request, shadow)
-        choice = shadow.rules.with_flag(
-            shadow.rules.choose(job.options, level), job.options, job.request.flag
-        )
+        choice = shadow.rules.choose(part.options, level)
+        choice = shadow.rules.with_flag(choice, part.options, job.request.flag)
         choice = with_spans(choice, job.request, shadow.model.manifest)
         request = Request(job.request.texts, spans=job.request.spans)
-        choice = replace(choice, budget_s=None)
-        second = Job(shadow, choice, request, compare, is_shadow=True, windows=job.windows)
+        plan = Plan([part.options], [replace(choice, budget_s=None)], job.plan.windows)
+        second = Job([shadow], plan, request, compare, is_shadow=True)
         service.engine.submit(second)
     except RequestError:  # texts or options that the shadow does not support, or a full queue
         return

@@ -9,10 +9,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.runtime.background import run_once
-from de3.runtime.engine.job import Job
-from de3.runtime.engine.request import Text
+from de3.runtime.engine.request import Request, Text
 from de3.runtime.prove import record, recorded
 from de3.server.learn.fitting import FitError, run_idle
 
@@ -43,12 +43,12 @@ class Int8Check:
                 else:
                     self._report(one.full_name, found)
 
-    def add(self, job: Job) -> None:
-        """Keep the texts of an answered job, unless they are private; once there are enough, compare in a process."""
-        name = job.model.manifest.name
-        if name in self._waiting and not job.request.is_private:
+    def add(self, model: Model, request: Request) -> None:
+        """Keep the texts of an answered request, unless they are private; once there are enough, a process compares."""
+        name = model.manifest.name
+        if name in self._waiting and not request.is_private:
             artifact, texts = self._waiting[name]
-            texts.update((one, None) for one in job.request.texts if one.chars <= MAX_CHARACTERS)
+            texts.update((one, None) for one in request.texts if one.chars <= MAX_CHARACTERS)
             if len(texts) >= TEXTS:
                 del self._waiting[name]  # until the comparison has ended
                 run_once("int8", self._compare(artifact, list(texts)[:TEXTS]))

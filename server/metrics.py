@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from de3.exits.kinds import Spans
 from de3.runtime.background import errors
+from de3.runtime.engine.head import Part
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import Cause
@@ -412,27 +413,27 @@ class Metrics:
                 metric.remove_by_labels({"shadow": oldest})
             self.texts.drop_model(oldest)
 
-    def answered(self, job: Job) -> None:
+    def answered(self, part: Part) -> None:
         """Count the texts of an answered request in the metrics that depend on the choice of τ, and their spans."""
-        choice, model = job.choice, job.model.full_name
-        if job.has_layouts and job.model.manifest.is_spans:
-            self.texts.count_spans(job)
+        choice, model = part.choice, part.model.full_name
+        if isinstance(choice.rule.kind, Spans):
+            self.texts.count_spans(part)
         if choice.is_degraded:
-            self.degraded.labels(model).inc(len(job.items))
+            self.degraded.labels(model).inc(len(part.heads))
         if choice.expected is not None:
             # The calibration does not cover deadlines, an upstream that is away, a τ lowered for out-of-distribution
             # texts, or several windows.
             others = ("deadline", "upstream_failed")
             texts = sum(
                 outcome.rule.tau == choice.rule.tau and outcome.reason not in others and not outcome.windows
-                for outcome in job.outcomes()
+                for outcome in part.outcomes()
             )
             self.calibrated.add(texts, model)
             self.expected_correct.add(texts * choice.expected.accuracy, model)
 
     def truncated(self, job: Job, route: str) -> None:
         """Count an answered request's texts of which a part was not read. route: template of its path."""
-        for one in job.team:
+        for one in job.parts:
             if count := sum(outcome.truncated for outcome in one.outcomes()):
                 self.cut.labels(one.model.full_name, route).inc(count)
 

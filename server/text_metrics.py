@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from de3.exits.rule import ExitReason
-from de3.runtime.engine.job import Job
+from de3.runtime.engine.head import Part
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.served import Served
 
@@ -141,11 +141,11 @@ class TextMetrics(Collector):
                 for outcome in outcomes:
                     texts.add(outcome, depth, speedup)
 
-    def count_spans(self, job: Job) -> None:
+    def count_spans(self, part: Part) -> None:
         """Count the spans of an answered job's texts, which are made here, once for the answer, too."""
-        found = Counter(span.label for outcome in job.outcomes() for span in outcome.reading.spans)
+        found = Counter(span.label for outcome in part.outcomes() for span in outcome.reading.spans)
         with self._lock:
-            texts = self._texts.get(job.model.full_name)
+            texts = self._texts.get(part.model.full_name)
             if texts is None:
                 return
             for label, count in found.items():

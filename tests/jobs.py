@@ -8,6 +8,7 @@ from de3.exits.criteria import Limits
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
 from de3.runtime.engine.job import Job
+from de3.runtime.engine.plan import Plan
 from de3.runtime.engine.request import Request, Sender, Text
 from de3.runtime.fit import Job as FitJob
 from de3.runtime.options import ExitOptions
@@ -37,17 +38,18 @@ def job(
     best_effort: bool = False,
     client: str = "",
     windows: int = 1,
+    truncate: bool = True,
     submitted: float | None = None,
     is_shadow: bool = False,
     rule: ExitRule | None = None,
     monitor: Any = NO_MONITOR,
-    fellows: Sequence[Job] = (),
+    others: Sequence[Job] = (),
 ) -> Job:
     """A job with these predicted times instead of measured ones.
 
     full_s, first_exit_s: seconds of each text to full depth and to the first exit. layer_s: seconds of a layer.
     group_s: step time of each text in a group, seconds; None: texts run alone, unless `model` has kernels. submitted:
-    None: now. rule: None: EDR at τ = 0.
+    None: now. rule: None: EDR at τ = 0. others: jobs whose models answer on the same pass.
     """
     full, first = iter(full_s), iter(first_exit_s)
     timing: Any = SimpleNamespace(
@@ -63,9 +65,15 @@ def job(
     )
     request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort))
     choice = Choice(rule or ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
-    more: dict[str, Any] = {"windows": windows, "sender": Sender(client)}
-    more |= {} if submitted is None else {"submitted": submitted}
-    return Job(served, choice, request, lambda _: None, is_shadow, fellows, **more)
+    parts = [one.first for one in others]
+    choices, options = (
+        [choice, *(one.choice for one in parts)],
+        [request.options, *(one.options for one in parts)],
+    )
+    plan = Plan(options, choices, windows, truncate)
+    more = {} if submitted is None else {"submitted": submitted}
+    models = [served, *(one.served for one in parts)]
+    return Job(models, plan, request, lambda _: None, Sender(client), is_shadow, **more)
 
 
 def fit_job(**fields: Any) -> FitJob:

@@ -818,18 +818,16 @@ class Answering:
     def _job(
         self, texts: int, tau: float, exits: int, tenant: str, tokens: Tokens, is_private: bool = False
     ) -> Any:
-        passed, items = PASSED[:exits], []
+        passed, items, heads = PASSED[:exits], [], []
         for _ in range(texts):
             outcome = SimpleNamespace(windows=(), reason="", passed=passed, reading=passed[-1], tokens=1)
-            item = SimpleNamespace(outcome=outcome, asks_all_exits=False, is_deep=False, states=STATES)
-            item.progress, item.text = SimpleNamespace(tokens=tokens, windows=None), SentText()
-            self.texts.add(item.text)
-            items.append(item)
+            heads.append(SimpleNamespace(outcome=outcome, asks_all_exits=False, is_deep=False, states=STATES))
+            items.append(SimpleNamespace(tokens=tokens, windows=None, text=SentText()))
+            self.texts.add(items[-1].text)
         choice = SimpleNamespace(rule=ExitRule(tau, Entropy()))
         request, sender = SimpleNamespace(is_private=is_private), Sender(tenant=tenant)
-        return SimpleNamespace(
-            client="one", items=items, choice=choice, request=request, options=NO_OPTIONS, sender=sender
-        )
+        part = SimpleNamespace(choice=choice, options=NO_OPTIONS, heads=heads)
+        return SimpleNamespace(client="one", items=items, request=request, sender=sender, first=part)
 
     def answer(
         self,
@@ -851,13 +849,13 @@ class Answering:
         self.auditor._random = SimpleNamespace(random=lambda: 1.0 - next(draws))  # type: ignore[assignment]
 
         async def run() -> None:
-            draw = self.auditor.draw(job)
+            draw = self.auditor.draw(job, job.first)
             if fails:
                 assert draw is not None
-                self.auditor.abandon(job, draw)
+                self.auditor.abandon(job, job.first, draw)
                 return
             self.auditor.apply(Standing(epoch, 0, {}))
-            self.auditor.answered(job, draw)
+            self.auditor.answered(job, job.first, draw)
             await asyncio.sleep(0)
             await asyncio.sleep(0)  # after which the new audits have been submitted
 
@@ -865,7 +863,8 @@ class Answering:
 
     def share(self, tenant: str = "") -> float:
         """The share with which the next text of a tenant is drawn."""
-        draw = self.auditor.draw(self._job(0, TAU, 1, tenant, TOKENS))
+        job = self._job(0, TAU, 1, tenant, TOKENS)
+        draw = self.auditor.draw(job, job.first)
         assert draw is not None
         return draw.share
 

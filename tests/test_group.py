@@ -19,9 +19,9 @@ from de3.model_store.store import Store
 from de3.model_store.tokenizer import PIECE
 from de3.runtime.engine.engine import Engine
 from de3.runtime.engine.group import run_group
-from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.job import Item, Job, Result
 from de3.runtime.engine.queue import WorkQueue
-from de3.runtime.engine.run import Result, run
+from de3.runtime.engine.run import run
 from de3.runtime.engine.served import MAX_STEP_S
 from de3.runtime.errors import RequestError
 from tests import jobs
@@ -128,7 +128,7 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
     steps = Steps(queue, {1: lambda: queue.put(urgent)})
     items = steps.run()
     assert len(steps.seconds) == 2 and not steps.results  # tokenized and one layer run, then preempted
-    assert [item.progress.layer for item in items] == [2] * len(TEXTS) and len(queue) == len(TEXTS) + 1
+    assert [item.layer for item in items] == [2] * len(TEXTS) and len(queue) == len(TEXTS) + 1
     later = Steps(queue)
     assert later.run() == [*urgent.items, *items]  # the group joined the urgent text before layer 2
     assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
@@ -142,19 +142,19 @@ def test_several_models_exit_where_each_would_alone(model: Model) -> None:
     """Also if their pass is preempted, and if its group fails: then each text runs alone, from the start."""
     rules = [ExitRule(tau, model.manifest.signal("entropy", None)) for tau in (0.0, 0.9, 0.3)]
 
-    def team(due: float) -> Job:
-        return job(model, due=due, rule=rules[0], fellows=[job(model, rule=one) for one in rules[1:]])
+    def three(due: float) -> Job:
+        return job(model, due=due, rule=rules[0], others=[job(model, rule=one) for one in rules[1:]])
 
     def fail() -> None:
         raise MemoryError
 
-    queue = queue_of(team(5.0))
+    queue = queue_of(three(5.0))
     preempted = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
     preempted.run()
     assert not preempted.results and len(queue) == len(TEXTS) + 1
     resumed = Steps(queue)
     del resumed.results[resumed.run()[0]]  # the urgent one's
-    queue.put(team(5.0))
+    queue.put(three(5.0))
     failed, results = Steps(queue, {2: fail}), dict[Item, Result]()
     failed.run()
     assert len(failed.alone) == len(TEXTS) and not any(item.can_share for item in failed.alone)
@@ -170,10 +170,10 @@ def test_several_models_exit_where_each_would_alone(model: Model) -> None:
 
 def test_a_text_found_to_be_longer_than_a_step_is_resumed(model: Model) -> None:
     queue = queue_of(long := job(model, ["good"], due=5.0))
-    long.served.group_s = lambda _: 2 * MAX_STEP_S  # found once the text is tokenized
+    long.deepest.group_s = lambda _: 2 * MAX_STEP_S  # found once the text is tokenized
     steps = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
     (item,) = steps.run()
-    assert item.progress.layer == 2 and len(queue) == 2
+    assert item.layer == 2 and len(queue) == 2
     Steps(queue).run()
     rest = Steps(queue)
     assert rest.run() == [item] and answers(rest.results) == alone(model, ["good"])
@@ -188,8 +188,7 @@ def test_dropped_texts_leave_between_two_steps(model: Model) -> None:
 
 
 def test_a_text_that_may_not_be_truncated_fails_alone(model: Model) -> None:
-    new = job(model, ["good", "a film " * 40, "bad"])
-    new.truncate = False
+    new = job(model, ["good", "a film " * 40, "bad"], truncate=False)
     steps = Steps(queue_of(new))
     _, long, _ = steps.run()
     error = steps.results.pop(long)
@@ -214,7 +213,7 @@ def test_at_its_deadline_a_text_ends_at_the_first_layer_where_every_model_has_an
     late.exits = copy(model.exits)
     late.exits.layers = [layer for layer in model.exits.layers if layer >= first]
     rule = ExitRule(1e-9, model.manifest.signal("entropy", None))  # all exits are read; none is sure enough
-    new = job(model, TEXTS[:1], rule=rule, fellows=[job(late, TEXTS[:1], rule=rule)])
+    new = job(model, TEXTS[:1], rule=rule, others=[job(late, TEXTS[:1], rule=rule)])
     (item,) = new.items
     item.ends = 0.0
     outcomes = run(item, queue_of()) or []
@@ -281,7 +280,7 @@ def test_short_texts_run_on_the_event_loop_a_step_at_a_time(loop: Loop, model: M
     assert loop.soon and not loop.done
     assert loop.run() == model.manifest.num_layers
     assert loop.done == [(HERE, None)]
-    assert answers({item: [item.outcome] for item in new.items if item.outcome}) == alone(
+    assert answers({item: [outcome] for item in new.items if (outcome := item.heads[0].outcome)}) == alone(
         model, TEXTS, rule=RULE
     )
     loop.submit(job(model, ["a" * (2 * PIECE + 1)], rule=RULE))

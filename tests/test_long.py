@@ -35,9 +35,9 @@ from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import MAX_SHORTER, PIECE, TextTokenizer, Windows, max_chars
 from de3.runtime.engine import run as engine
+from de3.runtime.engine.head import Head
 from de3.runtime.engine.job import Item, Job
 from de3.runtime.engine.outcome import Outcome
-from de3.runtime.rules import Choice
 from tests import jobs
 from tests.fixtures import BAD, FILLER, GOOD
 from tests.serving import Server
@@ -242,9 +242,8 @@ class Busy:
 
 
 def item_of(model: Model, text: str, tau: float = 0.0, **options: Any) -> Item:
-    job = jobs.job([text], [1.0], model=model, windows=MAX_WINDOWS, **options)
-    job.choice = Choice(ExitRule(tau, Edr(1.0)), "tau")
-    (item,) = job.items
+    rule = ExitRule(tau, Edr(1.0))
+    (item,) = jobs.job([text], [1.0], model=model, windows=MAX_WINDOWS, rule=rule, **options).items
     return item
 
 
@@ -257,8 +256,8 @@ def run(item: Item, queue: Any) -> list[Outcome]:
 def test_several_models_settle_apart_and_preemption_changes_no_bit(model: Model) -> None:
     text, taus = words(300, 2), (0.0, 0.9, 0.2)
     for queue in (Busy(False), Busy(True)):
-        fellows = [item_of(model, text, tau).job for tau in taus[1:]]
-        outcomes = run(item := item_of(model, text, taus[0], fellows=fellows), queue)
+        others = [item_of(model, text, tau).job for tau in taus[1:]]
+        outcomes = run(item := item_of(model, text, taus[0], others=others), queue)
         for tau, ours in zip(taus, outcomes, strict=True):
             (alone,) = run(item_of(model, text, tau), Busy(False))
             assert (ours.reading.probs, ours.layer) == (alone.reading.probs, alone.layer)
@@ -267,7 +266,7 @@ def test_several_models_settle_apart_and_preemption_changes_no_bit(model: Model)
             assert ours.model_s == pytest.approx(sum(w.model_s for w in ours.windows))
         assert len({len(one.windows) for one in outcomes}) > 1
         # Each step is charged once.
-        assert queue.charged == pytest.approx(item.progress.tokenize_s + item.progress.model_s)
+        assert queue.charged == pytest.approx(item.tokenize_s + item.model_s)
         steps = len(text) // PIECE + 3 * len(outcomes[0].windows)
         assert queue.requeued >= steps if queue.is_busy else not queue.requeued
 
@@ -276,7 +275,6 @@ def test_a_deadline_keeps_the_windows_that_ran(model: Model) -> None:
     text, depths = words(200), []
     for steps in (0, 2, 6, 10, 14, 1000):
         item, found = item_of(model, text, first_exit_s=[0.1], budget_s=1.0), None
-        item.asks_all_exits = True
         for _ in range(steps):
             found = found or engine.run(item, Busy(True))
         item.ends = 0.0
@@ -294,11 +292,11 @@ def test_a_deadline_keeps_the_windows_that_ran(model: Model) -> None:
 
 def test_a_dropped_job_stops_between_its_layers(model: Model) -> None:
     item, queue = item_of(model, words(200)), Busy(True)
-    while engine.run(item, queue) is None and item.progress.num_ran < 1:
+    while engine.run(item, queue) is None and item.num_ran < 1:
         pass
     item.job.is_dropped = True
-    before = item.progress.num_ran
-    assert engine.run(item, queue) is None and item.progress.num_ran == before and item.outcome is None
+    before = item.num_ran
+    assert engine.run(item, queue) is None and item.num_ran == before and item.heads[0].outcome is None
 
 
 # Over HTTP
@@ -383,9 +381,7 @@ def test_which_texts_in_windows_run_to_full_depth() -> None:
         (spans, 0.02, False, True),
     ):
         fields = {"one_window": one_window, "guarantee": guarantee, "certificate": None}
-        one = SimpleNamespace(is_deep=False, job=SimpleNamespace(choice=SimpleNamespace(**fields)))
-        one.job.choice.rule = SimpleNamespace(kind=kind)
-        text: Any = SimpleNamespace(progress=SimpleNamespace(), team=[one], start=lambda _: None)
-        with mock.patch("de3.runtime.engine.job.WindowProgress"):
-            Item.start_windows(text, [None])  # type: ignore[arg-type]
-        assert one.is_deep == is_deep
+        part: Any = SimpleNamespace(choice=SimpleNamespace(rule=SimpleNamespace(kind=kind), **fields))
+        with mock.patch("de3.runtime.engine.head.WindowProgress"):
+            (head := Head(part)).start_windows(mock.sentinel.windows)
+        assert head.is_deep == is_deep

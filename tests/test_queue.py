@@ -72,7 +72,7 @@ class QueueMachine(RuleBasedStateMachine):
         first = group[0]
         total = sum(x.group_s for x in [*group, item])
         fits = total <= MAX_STEP_S and item.group_s <= MAX_STRETCH * first.group_s
-        is_alike = item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
+        is_alike = item.layer == first.layer and item.job.encoder is first.job.encoder
         return first.can_share and item.can_share and fits and is_alike
 
     def check(self, group: list[Any], known: int, room: float) -> None:
@@ -136,7 +136,7 @@ class QueueMachine(RuleBasedStateMachine):
         group = self.queue.next(threads)
         self.check(group, 0, room)
         for item in group:
-            item.progress.layer += 1
+            item.layer += 1
         known, room = len(group), len(group) + len(self.waiting) / later
         self.queue.join(group, later)
         self.check(group, known, room)
@@ -155,7 +155,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.check(group, 0, min(chars, MAX_GROUP))
         assert self.queue.leave_here() == bool(self.waiting)
         for item in group:
-            item.progress.layer += 1
+            item.layer += 1
         self.running += group
 
     @precondition(lambda self: self.running)
@@ -290,8 +290,7 @@ def test_a_client_is_preempted_once_it_leads_by_enough() -> None:
     """A pass that several models share is charged once for each of them."""
     for models in (1, 3):
         queue = WorkQueue(100)
-        queue.put(running := job(1, client="running"))
-        running.fellows = [job(1) for _ in range(models - 1)]
+        queue.put(job(1, client="running", others=[job(1) for _ in range(models - 1)]))
         (item,) = queue.next()
         queue.put(job(1, client="waiting"))
         assert not queue.has_more_urgent_than(item, 0.75 * PREEMPTION_LEAD_S / models)

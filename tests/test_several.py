@@ -300,11 +300,11 @@ def test_the_request_log_has_a_line_for_each_model(heads: Path, caplog: pytest.L
 
 def test_the_budget_of_a_pass_is_the_shortest_of_its_models() -> None:
     for own, others, expected in ((None, 0.2, 0.2), (0.1, 0.2, 0.1), (0.3, 0.2, 0.2), (None, None, None)):
-        fellow = job(["a"], [1.0], first_exit_s=[0.1] * 2, budget_s=others)
-        assert job(["a"], [1.0], first_exit_s=[0.1], budget_s=own, fellows=[fellow]).budget_s == expected
-        assert fellow.items[0].asks_all_exits == (
-            expected is not None
-        )  # so that it has an answer at any time
+        other = job(["a"], [1.0], first_exit_s=[0.1] * 2, budget_s=others)
+        both = job(["a"], [1.0], first_exit_s=[0.1], budget_s=own, others=[other])
+        assert both.plan.budget_s == expected
+        # So that each has an answer at any time.
+        assert [head.asks_all_exits for head in both.items[0].heads] == [expected is not None] * 2
 
 
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [

@@ -234,8 +234,7 @@ def job_of(request: Any, logits: list[list[float]], chars: list[list[int]], ran:
     )
     outcome.check_all_ran = partial(Outcome.check_all_ran, outcome)
     model = SimpleNamespace(manifest=SimpleNamespace(is_spans=True, labels=["O", "B-X"]))
-    item = SimpleNamespace(text=request.texts[0], outcome=outcome)
-    return SimpleNamespace(request=request, model=model, items=[item], outcomes=lambda: [outcome])
+    return SimpleNamespace(request=request, first=SimpleNamespace(model=model, outcomes=lambda: [outcome]))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +250,7 @@ def test_unread_windows_are_an_error(protocol: Any, request_type: Any, fields: A
     request = request_type([Text("a")], **fields)
     with pytest.raises(RequestError, match=r"latency_budget_ms: only 1 of a text's 2 windows") as error:
         job = job_of(request, [[1, 0]], [[0, 1]], 1, 2)
-        request.check(job.items[0].outcome)
+        request.check(*job.first.outcomes())
         protocol.serialize("", job)
     assert error.value.cause == "budget"
     protocol.serialize("", job_of(request, [[1, 0]], [[0, 1]], 0, 1))  # a single window, which exited in time

@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 from de3.data.examples import Example
 from de3.data.tables import pair_of
 from de3.runtime.engine.group import run_group
-from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.job import Item, Job, Result
 from de3.runtime.engine.outcome import Outcome
+from de3.runtime.engine.plan import Plan
 from de3.runtime.engine.queue import WorkQueue
 from de3.runtime.engine.request import Request, Text
-from de3.runtime.engine.run import Result, run
+from de3.runtime.engine.run import run
 from de3.runtime.engine.served import Served
-from de3.runtime.options import ExitOptions
+from de3.runtime.options import NO_OPTIONS, ExitOptions
 from de3.runtime.rules import Choice
 from de3.training.evaluate import Times
 
@@ -31,7 +32,8 @@ class Engine:
 
     def classify(self, text: Text, choice: Choice) -> Outcome:
         """The outcome of one text, run as the engine's threads run it; raises its error if it fails."""
-        self._queue.put(Job(self._served, choice, Request([text]), lambda _: None))
+        plan = Plan([NO_OPTIONS], [choice])
+        self._queue.put(Job([self._served], plan, Request([text]), lambda _: None))
         items, results = self._queue.next(), list[tuple[Item, Result]]()
         alone = items
         if items[0].can_share:

@@ -15,10 +15,10 @@ from de3.runtime.background import report
 from de3.runtime.engine.audit import Audit, AuditThreads
 from de3.runtime.engine.deadlines import Deadlines
 from de3.runtime.engine.group import failures, run_group
-from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.job import Item, Job, Result
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.queue import WorkQueue
-from de3.runtime.engine.run import Result, run
+from de3.runtime.engine.run import run
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
 
@@ -131,7 +131,7 @@ class Engine:
         try:
             # A short text is for the event loop, unless a thread is busy, which then takes it. At full depth, it takes
             # so long that it is handed over.
-            is_here = self._call_soon is not None and job.in_groups and job.choice.rule.tau > 0
+            is_here = self._call_soon is not None and job.in_groups and job.first.choice.rule.tau > 0
             self.queue.put(job, wakes=not is_here)
         except RequestError:
             self.deadlines.drop(job)
@@ -156,10 +156,11 @@ class Engine:
             raise RequestError(message, "latency_budget_ms", "over_share", retry_after_s=1)
         needed_s = self.deadlines.admit(job)
         if needed_s:
-            assert job.budget_s is not None and job.deadline is not None
-            needed_s += job.submitted + job.budget_s - job.deadline  # plus the time for the response
+            budget_s = job.plan.budget_s
+            assert budget_s is not None and job.deadline is not None
+            needed_s += job.submitted + budget_s - job.deadline  # plus the time for the response
             message = (
-                f"latency_budget_ms: {1000 * job.budget_s:g} ms cannot be met: the first exit would "
+                f"latency_budget_ms: {1000 * budget_s:g} ms cannot be met: the first exit would "
                 f"take about {1000 * needed_s:.1f} ms now; allow more, or set best_effort"
             )
             raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
@@ -295,14 +296,12 @@ class Engine:
         outcomes = [(item, result) for item, result in results if isinstance(result, list)]
         if outcomes:  # counted first, so that the metrics include a text before its client has the answer
             self._count(outcomes)
-        for item, (outcome, *others) in outcomes:
+        for item, found in outcomes:
             job = item.job
             if not job.is_shadow:
                 self._finished[number] += 1
-                self._seconds[number] += item.progress.tokenize_s + item.progress.model_s
-            for fellow, other in zip(item.fellows, others, strict=True):
-                fellow.job.finish(fellow, other)
-            if job.finish(item, outcome):
+                self._seconds[number] += item.tokenize_s + item.model_s
+            if job.finish(item, found):
                 ended.append((job, None))
         for item, result in results:
             if not isinstance(result, Exception):
@@ -311,11 +310,8 @@ class Engine:
             if not (job.request.keeps_errors and isinstance(result, RequestError)):
                 job.is_dropped = True
                 ended.append((job, result))
-            else:
-                for fellow in item.fellows:
-                    fellow.job.finish(fellow, result)
-                if job.finish(item, result):
-                    ended.append((job, None))
+            elif job.finish(item, result):
+                ended.append((job, None))
         if ended:
             self._report(ended, is_here)
 
@@ -323,8 +319,8 @@ class Engine:
         """Call `observe` for each model; its errors do not fail the request."""
         by_model: dict[int, tuple[Served, list[Outcome]]] = {}
         for item, found in outcomes:
-            for one, outcome in zip((item, *item.fellows), found, strict=True):
-                served = one.job.served
+            for head, outcome in zip(item.heads, found, strict=True):
+                served = head.part.served
                 by_model.setdefault(id(served), (served, []))[1].append(outcome)
         for served, of_model in by_model.values():
             try:

@@ -12,9 +12,9 @@ from time import perf_counter
 
 from de3.model_store.forward import ForwardPass
 from de3.model_store.part import MAX_LAYERS
-from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.job import Item, Job, Result
 from de3.runtime.engine.queue import WorkQueue
-from de3.runtime.engine.run import Result, outcomes_of, too_long_error
+from de3.runtime.engine.run import outcomes_of, too_long_error
 from de3.runtime.engine.served import MAX_STEP_S
 from de3.runtime.failures import FailureLog
 
@@ -40,7 +40,7 @@ def run_group(
     """
     group = list(items)  # the items that are neither finished nor requeued
     try:
-        if group[0].progress.layer == 0:
+        if group[0].layer == 0:
             occupy(MAX_STEP_S)
             _begin(group, queue, finish)
         while group:
@@ -68,7 +68,7 @@ def _begin(
     started = perf_counter()
     items, served = list(group), group[0].job.deepest
     model = served.model
-    has_layouts = any(item.job.has_layouts for item in items)
+    has_layouts = any(item.job.plan.has_layouts for item in items)
     pairs = [(item.text.text, item.text.text_pair) for item in items]
     encodings = model.tokenizer.encode(pairs, offsets=has_layouts)
     ready: list[Item] = []
@@ -76,15 +76,15 @@ def _begin(
     failed: list[tuple[Item, Result]] = []
     seconds = 0.0
     for item, encoding in zip(items, encodings, strict=True):
-        job = item.job
-        if job.is_dropped:
+        plan = item.job.plan
+        if item.job.is_dropped:
             continue
-        if job.windows > 1 and len(encoding) > model.tokenizer.max_tokens:
+        if plan.windows > 1 and len(encoding) > model.tokenizer.max_tokens:
             too_long.append(item)
             continue
         try:
             texts = item.text.text, item.text.text_pair
-            tokens = model.tokenizer.short(encoding, texts, job.truncate, job.has_layouts)
+            tokens = model.tokenizer.short(encoding, texts, plan.truncate, plan.has_layouts)
         except ValueError as error:
             failed.append((item, too_long_error(item, error)))
             continue
@@ -96,11 +96,11 @@ def _begin(
         seconds += layer_s
         item.group_s = served.group_s(size)
         item.start(tokens)
-        item.progress.num_tokens, item.progress.is_grouped = size, True
+        item.num_tokens, item.is_grouped = size, True
         ready.append(item)
     spent = (perf_counter() - started) / len(items)
     for item in items:  # includes failed and requeued items
-        item.progress.tokenize_s = spent
+        item.tokenize_s = spent
     queue.charge([(item.job, spent) for item in items])
     for item in too_long:
         item.is_short = False
@@ -119,13 +119,13 @@ def _step(
 ) -> None:
     """Run as many layers as fit into a step. Items that have exited or were dropped or preempted leave the group."""
     items, served = list(group), group[0].job.deepest
-    forward, first = group[0].job.encoder.forward, group[0].progress.layer
+    forward, first = group[0].job.encoder.forward, group[0].layer
     assert forward is not None
     passes, layer_s = list[ForwardPass](), 0.0
     for item in items:
-        if (one := item.progress.forward) is not None:
+        if (one := item.forward) is not None:
             passes.append(one)
-            layer_s += served.timing.layer_s(item.progress.num_tokens)
+            layer_s += served.timing.layer_s(item.num_tokens)
     layers = max(1, int(MAX_STEP_S / layer_s)) if layer_s > 0 else MAX_LAYERS
     occupy(layer_s * layers)
     # The time of the embeddings is negligible.
@@ -134,9 +134,8 @@ def _step(
     staying: list[Item] = []
     charged = list[tuple[Job, float]]()
     for item, one in zip(items, passes, strict=True):
-        progress = item.progress
-        charged.append((item.job, one.seconds - progress.model_s))
-        progress.model_s, progress.layer = one.seconds, one.layer
+        charged.append((item.job, one.seconds - item.model_s))
+        item.model_s, item.layer = one.seconds, one.layer
         if one.is_done:
             left.append((item, outcomes_of(item)))
         else:
@@ -149,8 +148,8 @@ def _step(
         return
     for item in staying:
         if item.job.is_dropped:
-            item.progress.forward = None
-    group[:] = [item for item in staying if item.progress.forward is not None]
+            item.forward = None
+    group[:] = [item for item in staying if item.forward is not None]
     # Checked after all are charged: otherwise a client's first text would stay, and its others would be preempted.
     preempted = [item for item in group if queue.has_more_urgent_than(item)]
     group[:] = [item for item in group if item not in preempted]

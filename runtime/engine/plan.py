@@ -1,7 +1,7 @@
 """Resolves how models answer a request: all that does not depend on its texts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from de3.exits.kinds import Spans
 from de3.exits.windows import MAX_WINDOWS, most_windows
@@ -21,17 +21,30 @@ class Plan:
     """How models answer a request on one pass.
 
     Attributes:
-        base: the first model's choice for requests without options, from which its choice follows.
         options: the exit options of each model, in the order of the request. choices: their exit rules.
         windows: maximum number of windows into which a long text is split.
         truncate: texts that are too long for their windows are truncated; if false, they raise RequestError.
+        base: the first model's choice for requests without options, from which its choice follows.
+        budget_s: the shortest latency budget of the models, seconds; None: no budget.
+        has_codes: the kernels have the signal of every model.
+        has_layouts: a token classifier needs the layout of the texts' tokens.
     """
 
-    base: Choice
     options: Sequence[ExitOptions]
     choices: Sequence[Choice]
-    windows: int
-    truncate: bool
+    windows: int = 1
+    truncate: bool = True
+    base: Choice | None = None
+    budget_s: float | None = field(init=False)
+    has_codes: bool = field(init=False)
+    has_layouts: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        rules = [one.rule for one in self.choices]
+        budgets = (one.budget_s for one in self.choices if one.budget_s is not None)
+        object.__setattr__(self, "budget_s", min(budgets, default=None))
+        object.__setattr__(self, "has_codes", all(rule.signal.code is not None for rule in rules))
+        object.__setattr__(self, "has_layouts", any(isinstance(rule.kind, Spans) for rule in rules))
 
 
 def plan_of(
@@ -72,7 +85,7 @@ def _plan(
         check_encoders([one.model for one in served], [entry.where for entry in entries])
     pairs = zip(served, entries, strict=True)
     choices = [_choice(one, request, entry, level, tenant) for one, entry in pairs]
-    return Plan(base, [entry.options for entry in entries], choices, *how_long(request, served))
+    return Plan([entry.options for entry in entries], choices, *how_long(request, served), base)
 
 
 def _choice(served: Served, request: Request, entry: Entry, level: int, tenant: str) -> Choice:

@@ -149,7 +149,7 @@ class WorkQueue:
             chars -= item.text.chars
             # In a group each text waits for all others, so a text much longer than the first does not join.
             fits = left >= 0 and chars >= 0 and item.group_s <= MAX_STRETCH * first.group_s
-            is_alike = item.progress.layer == first.progress.layer and item.job.encoder is first.job.encoder
+            is_alike = item.layer == first.layer and item.job.encoder is first.job.encoder
             if not (fits and is_alike and item.can_share):
                 break
             items.append(self._take(heap))
@@ -257,7 +257,7 @@ class WorkQueue:
     def _charge(self, job: Job, seconds: float) -> Client[Item]:
         """Charge a job's client for a pass, once for each model that shares it."""
         client = self._fair.client(job.client)
-        client.spent += seconds * (1 + len(job.fellows))
+        client.spent += seconds * len(job.parts)
         return client
 
     def _take(self, heap: list[Entry]) -> Item:

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Protocol
 
 from de3.exits.reading import ClassReading, read
+from de3.runtime.engine.head import Head, Part
 from de3.runtime.engine.job import Item, Job
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.errors import RequestError
@@ -30,7 +31,7 @@ class Asks(Protocol):
 async def ask_upstreams(
     job: Job, settings: RuntimeSettings, upstreams: Asks, undelivered: Undelivered | None = None
 ) -> None:
-    """Complete the outcomes of a finished job and its fellows with the answers of their models' upstreams.
+    """Complete the outcomes of a finished job with the answers of its models' upstreams.
 
     undelivered: keeps the answers if the request fails. Raises RequestError, which names the text, if an upstream fails
     and the text is not answered without it; the other texts' calls are finished first.
@@ -39,17 +40,17 @@ async def ask_upstreams(
     replies: dict[bytes, Reply] = {}
     expires_at = job.sender.expires_at or job.submitted + settings.timeout_s
     unsure = [
-        (item, item.outcome)
-        for one in job.team
-        if one.model.manifest.upstream is not None
-        for item in one.items
-        if item.outcome is not None and needs_upstream(one, item.outcome)
+        (item, head, head.outcome)
+        for part in job.parts
+        if part.model.manifest.upstream is not None
+        for item, head in zip(job.items, part.heads, strict=True)
+        if head.outcome is not None and needs_upstream(part, head.outcome)
     ]
 
-    async def ask(item: Item, outcome: Outcome) -> None:
-        key = key_of(item.job.model.manifest, item.text, item.job.client)
+    async def ask(item: Item, head: Head, outcome: Outcome) -> None:
+        key = key_of(head.part.model.manifest, item.text, job.client)
         known = kept.take(key)
-        if (reply := await _ask(item, outcome, settings, upstreams, expires_at, known)) is not None:
+        if (reply := await _ask(item, head, outcome, settings, upstreams, expires_at, known)) is not None:
             replies[key] = reply
 
     try:
@@ -61,15 +62,15 @@ async def ask_upstreams(
         raise
 
 
-def needs_upstream(job: Job, outcome: Outcome) -> bool:
+def needs_upstream(part: Part, outcome: Outcome) -> bool:
     """True if a text goes to the upstream; otherwise, sets the reason of its outcome.
 
     It does unless an exit of the model was sure, the last one included, or the request limits the depth. With a flag,
     the last one is not enough: the text may have come to it because of a flagged answer.
     """
-    if outcome.reason == "deadline" or job.choice.rule.max_layer is not None:
+    if outcome.reason == "deadline" or part.choice.rule.max_layer is not None:
         return False
-    last, rule = job.model.manifest.num_layers, outcome.rule
+    last, rule = part.model.manifest.num_layers, outcome.rule
     ends = [window.passed[-1] for window in outcome.windows] or [outcome.passed[-1]]
     if any(end.layer == last and not (rule.flag is None and rule.exits(end.score)) for end in ends):
         return True  # with several windows, the last one may have exited earlier
@@ -79,6 +80,7 @@ def needs_upstream(job: Job, outcome: Outcome) -> bool:
 
 async def _ask(
     item: Item,
+    head: Head,
     outcome: Outcome,
     settings: RuntimeSettings,
     upstreams: Asks,
@@ -87,14 +89,14 @@ async def _ask(
 ) -> Reply | None:
     """Complete an outcome with the known answer, or with the upstream's, which is returned; None if there is none."""
     job, is_budget = item.job, item.job.deadline is not None
-    manifest, ends = job.model.manifest, expires_at
+    manifest, ends = head.part.model.manifest, expires_at
     if job.deadline is not None:
         ends = min(ends, job.deadline)
     kind: Kind = "uncertain" if outcome.rule.tau > 0 else "learning"
     started = perf_counter()
     timeout_s = max(0.0, ends - started)
     try:
-        query = Query(item.text, kind, job.client, item.is_drawn)
+        query = Query(item.text, kind, job.client, head.is_drawn)
         reply = known or await upstreams.ask(manifest.name, query, timeout_s, is_budget)
     except RequestError as error:
         if is_budget:
@@ -102,7 +104,7 @@ async def _ask(
         elif settings.without_upstream == "answer" and len(manifest.exit_layers) > 1:
             outcome.reason = "upstream_failed"
         elif job.request.keeps_errors:
-            item.outcome, item.error = None, error
+            head.outcome, head.error = None, error
         else:
             name = job.request.name_of(item.index)
             raise RequestError(f"{name}: {error.message}", name, error.cause, error.retry_after_s) from None

@@ -33,6 +33,7 @@ from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Windows
 from de3.runtime.background import run_once
 from de3.runtime.engine.audit import Audit
+from de3.runtime.engine.head import Part
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Text
 from de3.runtime.engine.served import Served
@@ -273,36 +274,36 @@ class Auditor:
         share = self._share if self._traffic is None else max(self._share, self._traffic.share)
         return float(share * 0.5 ** (8 * tenant.pending // room))
 
-    def draw(self, job: Job) -> Draw | None:
+    def draw(self, job: Job, part: Part) -> Draw | None:
         """Draw texts to audit from a job that is about to be submitted.
 
         None if its request sets exit options, or has another flag than the model: with a guarantee its texts run to
         full depth, so they would outnumber those that the τ of the others applies to.
         """
         flag = self.served.rules.limits.flag
-        if job.options != NO_OPTIONS or (flag is not None and job.choice.rule.flag != flag):
+        if part.options != NO_OPTIONS or (flag is not None and part.choice.rule.flag != flag):
             return None
         tenant = self._tenant(self._name(job))
-        share = self._share_of(tenant, job.choice.rule.tau)
-        draw = Draw(share, tenant.epoch, [self._random.random() < share for _ in job.items])
+        share = self._share_of(tenant, part.choice.rule.tau)
+        draw = Draw(share, tenant.epoch, [self._random.random() < share for _ in part.heads])
         is_private = job.request.is_private
-        for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
-            item.is_drawn = is_drawn
-            item.is_deep |= is_drawn and is_private  # the answer is its own audit, so nothing keeps the text
-            item.asks_all_exits |= is_drawn
-            item.keeps_states = self._keeps_states and (is_drawn or self._ask is not None)
-        if job.choice.rule.tau > 0:
+        for head, is_drawn in zip(part.heads, draw.is_drawn, strict=True):
+            head.is_drawn = is_drawn
+            head.is_deep |= is_drawn and is_private  # the answer is its own audit, so nothing keeps the text
+            head.asks_all_exits |= is_drawn
+            head.keeps_states = self._keeps_states and (is_drawn or self._ask is not None)
+        if part.choice.rule.tau > 0:
             tenant.pending += sum(draw.is_drawn)
         else:  # every answer is its own audit now
             tenant.discard_waiting()
         return draw
 
-    def abandon(self, job: Job, draw: Draw) -> None:
+    def abandon(self, job: Job, part: Part, draw: Draw) -> None:
         """Release the drawn texts of a job that was not answered; its texts do not count."""
-        if job.choice.rule.tau > 0:
+        if part.choice.rule.tau > 0:
             self._tenant(self._name(job)).pending -= sum(draw.is_drawn)
 
-    def answered(self, job: Job, draw: Draw | None) -> None:
+    def answered(self, job: Job, part: Part, draw: Draw | None) -> None:
         """Count the texts of a finished job, and enqueue the audits of drawn texts that did not pass every exit.
 
         draw: as returned by draw(). If it is None, is from before a reset, or has share 0, only excluded texts are
@@ -315,13 +316,13 @@ class Auditor:
         client = job.sender.tenant or network_hash(job.client)
         exits = len(self.served.model.manifest.exit_costs)
         entry: _Entry | None = None
-        waits = self._ask is not None and job.choice.rule.tau > 0
-        for item, is_drawn in zip(job.items, drawn, strict=True):
-            needs_audit, outcome = is_drawn and job.choice.rule.tau > 0, item.outcome
+        waits = self._ask is not None and part.choice.rule.tau > 0
+        for item, head, is_drawn in zip(job.items, part.heads, drawn, strict=True):
+            needs_audit, outcome = is_drawn and part.choice.rule.tau > 0, head.outcome
             if outcome is None:  # the text failed, and the others of its request were answered
                 tenant.pending -= needs_audit
                 continue
-            windows = item.progress.windows
+            windows = item.windows
             reason = "windows" if windows is not None and not self._covers_windows else outcome.reason
             is_excluded = reason in (*EXCLUDED, UPSTREAM_FAILED)
             if is_excluded:
@@ -331,7 +332,7 @@ class Auditor:
                 continue
             if self._traffic is not None:
                 self._traffic.texts += 1
-            tokens = item.progress.tokens if windows is None else windows
+            tokens = item.tokens if windows is None else windows
             assert tokens is not None
             key = self._evidence_key(tokens, name) if is_drawn else None
             passed = [one.passed for one in outcome.windows] or [outcome.passed]
@@ -342,16 +343,16 @@ class Auditor:
             if is_pending:
                 entry.key = key
                 ask = None if self._ask is None else partial(self._ask, item.text, job.client)
-                self._enqueue(tenant, entry, client, tokens, outcome.reading, job.choice.rule, ask)
+                self._enqueue(tenant, entry, client, tokens, outcome.reading, part.choice.rule, ask)
             elif is_drawn:
                 tenant.pending -= needs_audit
                 self._conclude(entry.settled, key, outcome.reading, tokens, passed)
                 if not job.request.is_private:
-                    entry.records += self._record(client, share, tokens, item.states, outcome.passed[-1])
+                    entry.records += self._record(client, share, tokens, head.states, outcome.passed[-1])
             else:
                 entry.settled.skipped += 1
                 if outcome.reason == "upstream":
-                    self._keep(self._record(client, 1.0, tokens, item.states, outcome.reading, is_extra=True))
+                    self._keep(self._record(client, 1.0, tokens, head.states, outcome.reading, is_extra=True))
         if entry is not None:
             entry.settled.may_rise = True
         self._settle(tenant)

@@ -162,17 +162,21 @@ class Audits:
 
     @contextmanager
     def watch(self, job: Job) -> Iterator[None]:
-        """Context manager around the run of a job and its fellows: draws texts to audit, and counts them afterwards."""
-        drawn = [(auditor, one, auditor.draw(one)) for one in job.team if (auditor := self.get(one.served))]
+        """Context manager around the run of a job: draws texts to audit, and counts them afterwards."""
+        drawn = [
+            (auditor, part, auditor.draw(job, part))
+            for part in job.parts
+            if (auditor := self.get(part.served))
+        ]
         try:
             yield
         except BaseException:
-            for auditor, one, draw in drawn:
+            for auditor, part, draw in drawn:
                 if draw is not None:
-                    auditor.abandon(one, draw)
+                    auditor.abandon(job, part, draw)
             raise
-        for auditor, one, draw in drawn:
+        for auditor, part, draw in drawn:
             try:
-                auditor.answered(one, draw)
+                auditor.answered(job, part, draw)
             except Exception as error:  # an error here must not fail a request that was answered
                 report("counting_audits", error)

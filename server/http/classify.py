@@ -8,6 +8,7 @@ import orjson
 
 from de3.runtime.answer import ModelResult, row_of
 from de3.runtime.classification import Classification, ClassifyRequest, request_of
+from de3.runtime.engine.head import Part
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, Text
 from de3.runtime.fields import LARGE_BODY_BYTES, check_count, check_fields, is_blank, load_json
@@ -70,23 +71,23 @@ def serialize(request_id: str, job: Job) -> bytes:
         "created": int(time.time()),
     }
     if request.models:
-        body["results"] = [_result(one) for one in job.team]
+        body["results"] = [_result(job, part) for part in job.parts]
     else:
-        body |= _result(job)
+        body |= _result(job, job.first)
     body["usage"] = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
     return orjson.dumps(body)
 
 
-def _result(job: Job) -> ModelResult:
+def _result(job: Job, part: Part) -> ModelResult:
     """The answer of one model."""
-    request = job.request
-    result: ModelResult = {"model": job.model.full_name, "data": [row_of(item) for item in job.items]}
+    rows = [row_of(item, head) for item, head in zip(job.items, part.heads, strict=True)]
+    result: ModelResult = {"model": part.model.full_name, "data": rows}
     # The certificate holds only for texts that fit into a single window.
-    certificate = job.choice.certificate
-    if certificate is not None and all(outcome.num_windows == 1 for outcome in job.outcomes()):
+    certificate = part.choice.certificate
+    if certificate is not None and all(outcome.num_windows == 1 for outcome in part.outcomes()):
         result["certificate"] = certificate
-    if request.explain:
-        result["tau_choice"] = job.choice.row()
+    if job.request.explain:
+        result["tau_choice"] = part.choice.row()
     return result
 
 

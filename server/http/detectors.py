@@ -232,8 +232,8 @@ def parse(call: Call) -> ContentsRequest:
 def serialize(_: str, job: Job) -> bytes:
     """The detections of each text: labels, other than safe ones, whose probability reaches the threshold, or spans."""
     assert isinstance(job.request, ContentsRequest)
-    request, labels = job.request, job.model.manifest.labels
-    both = zip(request.texts, job.outcomes(), strict=True)
+    request, labels = job.request, job.first.model.manifest.labels
+    both = zip(request.texts, job.first.outcomes(), strict=True)
     return orjson.dumps([_detections(text.text, outcome, labels, request) for text, outcome in both])
 
 

@@ -53,7 +53,7 @@ async def _answer(
     try:
         job = await _classify(exchange, receive, frontend, route)
         if not job.request.says_unread:
-            for outcome in (outcome for one in job.team for outcome in one.outcomes()):
+            for outcome in (outcome for part in job.parts for outcome in part.outcomes()):
                 job.request.check(outcome)
         body = protocol.serialize(exchange.id, job)
         timing, cut = _timing(job, exchange.started, perf_counter())
@@ -117,9 +117,9 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         return await inference.run(service)
     finally:  # a failed request is also charged for the texts that ran
         if charge.limit is not None and inference.job is not None:
-            tokens = (item.progress.num_tokens for item in inference.job.items)
+            tokens = (item.num_tokens for item in inference.job.items)
             units = sum(-(-count // TOKENS_PER_TEXT) for count in tokens)
-            charge.settle(units * len(inference.job.team))
+            charge.settle(units * len(inference.job.parts))
 
 
 async def _parse_in_turn(
@@ -176,7 +176,7 @@ def _timing(job: Job, started: float, ended: float) -> tuple[bytes, bytes]:
     queue = tokenize = model = upstream = 0.0
     cut = list[str]()
     for item in job.items:
-        if (outcome := item.outcome) is not None:
+        if (outcome := item.heads[0].outcome) is not None:
             queue = max(queue, outcome.queue_s)
             tokenize += outcome.tokenize_s
             model += outcome.model_s

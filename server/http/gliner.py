@@ -104,7 +104,7 @@ def serialize(_: str, job: Job) -> bytes:
     """{"entities", "total_entities", "tagged_text"}: the spans, in order, and the text with [characters](label)."""
     assert isinstance(job.request, ExtractRequest)
     (item,), names = job.request.texts, job.request.names
-    (outcome,) = job.outcomes()
+    (outcome,) = job.first.outcomes()
     text, entities, tagged, at = item.text, list[dict[str, Any]](), "", 0
     for start, end, name, score in merged(outcome.reading.spans):
         value, label = text[start:end], names.get(name, name)

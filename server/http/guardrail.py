@@ -126,8 +126,8 @@ def serialize(_: str, job: Job) -> bytes:
     Or {"action": "GUARDRAIL_INTERVENED", "texts"}, with all texts, those with spans redacted.
     """
     assert isinstance(job.request, GuardrailRequest)
-    request, manifest = job.request, job.model.manifest
-    found = [one for outcome in job.outcomes() for one in request.found(outcome, manifest.labels)]
+    request, manifest = job.request, job.first.model.manifest
+    found = [one for outcome in job.first.outcomes() for one in request.found(outcome, manifest.labels)]
     if not found:
         return orjson.dumps({"action": "NONE"})
     if request.is_private:
@@ -138,7 +138,7 @@ def serialize(_: str, job: Job) -> bytes:
 
 
 def _redacted(texts: Sequence[str], job: Job) -> list[str]:
-    outcomes = iter(job.outcomes())
+    outcomes = iter(job.first.outcomes())
     return [redacted(text, next(outcomes).reading.spans) if not is_blank(text) else text for text in texts]
 
 

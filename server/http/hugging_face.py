@@ -19,7 +19,8 @@ from de3.exits.spans import Aggregation
 from de3.model_store.manifest import Manifest
 from de3.model_store.part import MAX_LABELS
 from de3.runtime.answer import DECIMALS, ranked
-from de3.runtime.engine.job import Item, Job
+from de3.runtime.engine.job import Job
+from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import JsonObject, check_count, check_fields, checked_text, load_json, one_or_more
@@ -159,22 +160,20 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
 def serialize(_: str, job: Job) -> bytes:
     """[{"label", "score"}, …], the most probable first; if nested, a list of such lists. Or spans, in order."""
     assert isinstance(job.request, TaskRequest)
-    if job.model.manifest.is_spans:
-        entities = [_entities(item) for item in job.items]
+    if job.first.model.manifest.is_spans:
+        entities = list(map(_entities, job.request.texts, job.first.outcomes()))
         return orjson.dumps(entities if job.request.is_list else entities[0])
-    labels, request = job.model.manifest.labels, job.request
-    rows = [_scores(outcome.text_reading, labels, request) for outcome in job.outcomes()]
+    labels, request = job.first.model.manifest.labels, job.request
+    rows = [_scores(outcome.text_reading, labels, request) for outcome in job.first.outcomes()]
     return orjson.dumps(rows if job.request.is_nested else rows[0])
 
 
-def _entities(item: Item) -> list[dict[str, Any]]:
+def _entities(text: Text, outcome: Outcome) -> list[dict[str, Any]]:
     """The spans of a text, as transformers' pipeline returns them.
 
     Without those that repeat another, such as the pieces of one emoji, and those without characters: vLLM's semantic
     router refuses them.
     """
-    outcome, text = item.outcome, item.text.text
-    assert outcome is not None
     kind = outcome.rule.kind
     assert isinstance(kind, Spans)
     name = "entity" if kind.rule.aggregation == "none" else "entity_group"
@@ -183,7 +182,7 @@ def _entities(item: Item) -> list[dict[str, Any]]:
         {
             name: span.label,
             "score": round(span.score, DECIMALS),
-            "word": text[span.start : span.end],
+            "word": text.text[span.start : span.end],
             "start": span.start,
             "end": span.end,
         }

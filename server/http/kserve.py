@@ -51,7 +51,9 @@ def parse(call: Call) -> PredictRequest:
 
 def serialize(_: str, job: Job) -> bytes:
     """{"predictions"}: for each text, the probability of each label by its number, or a regression model's value."""
-    return orjson.dumps({"predictions": [_prediction(outcome.text_reading) for outcome in job.outcomes()]})
+    return orjson.dumps(
+        {"predictions": [_prediction(outcome.text_reading) for outcome in job.first.outcomes()]}
+    )
 
 
 def _prediction(reading: TextReading) -> dict[str, float] | float:

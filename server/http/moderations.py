@@ -76,7 +76,7 @@ def parse(call: Call) -> ModerationRequest:
 def serialize(request_id: str, job: Job) -> bytes:
     """{"id", "model", "results"}: for each input, the labels that it is flagged for, and their probabilities."""
     assert isinstance(job.request, ModerationRequest)
-    outcomes, manifest = job.outcomes(), job.model.manifest
+    outcomes, manifest = job.first.outcomes(), job.first.model.manifest
     inputs = [outcomes] if job.request.is_parts else [[outcome] for outcome in outcomes]
     results = [_result(one, job.request, manifest) for one in inputs]
     return orjson.dumps({"id": f"modr-{request_id}", "model": manifest.full_name, "results": results})

@@ -210,12 +210,12 @@ def _checked(text: Any, name: str, i: int) -> str:
 
 def serialize(_: str, job: Job) -> bytes:
     """The requested outputs, one row for each text."""
-    request, manifest = job.request, job.model.manifest
+    request, manifest = job.request, job.first.model.manifest
     assert isinstance(request, InferRequest)
-    outcomes = job.outcomes()
+    outcomes = job.first.outcomes()
     count = len(outcomes)
     tensors = {
-        "label": _tensor("BYTES", [count], job.labels()),
+        "label": _tensor("BYTES", [count], job.first.labels()),
         "exit_layer": _tensor("INT64", [count], [o.layer for o in outcomes]),
     }
     if isinstance(manifest.kind, Value):

@@ -41,7 +41,7 @@ class Protocol:
             return Request([Text(fields.text)])
 
         def serialize(request_id: str, job: Job) -> bytes:
-            return orjson.dumps({"labels": job.labels()})
+            return orjson.dumps({"labels": job.first.labels()})
 
         PROTOCOLS["/label"] = Protocol(parse, serialize)
 

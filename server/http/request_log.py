@@ -4,7 +4,7 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-from de3.runtime.engine.job import Job
+from de3.runtime.engine.head import Part
 from de3.server.http.exchange import Exchange
 
 log = logging.getLogger("de3.requests")
@@ -22,11 +22,11 @@ class RequestLog:
 
     def __call__(self, exchange: Exchange) -> None:
         """Log one request: a line for each model that answers."""
-        jobs = [None] if exchange.job is None else exchange.job.team
+        parts = [None] if exchange.job is None else exchange.job.parts
         for number, model in enumerate(exchange.models):
-            self._log(exchange, model, jobs[number] if number < len(jobs) else None)
+            self._log(exchange, model, parts[number] if number < len(parts) else None)
 
-    def _log(self, exchange: Exchange, model: str, job: Job | None) -> None:
+    def _log(self, exchange: Exchange, model: str, part: Part | None) -> None:
         ms = 1000 * (exchange.ended - exchange.started)
         fields: dict[str, Any] = {
             "request_id": exchange.id,
@@ -38,13 +38,13 @@ class RequestLog:
             fields["owner"] = exchange.owner
         if exchange.cause:
             fields["cause"] = exchange.cause
-        if job is not None:
-            outcomes = [item.outcome for item in job.items if item.outcome]
+        if exchange.job is not None and part is not None:
+            job, outcomes = exchange.job, part.outcomes()
             waited = max((o.upstream_s for o in outcomes), default=0.0)
             fields |= {
                 "texts": len(job.items),
                 "tokens": sum(o.tokens for o in outcomes),
-                "tau": job.choice.rule.tau,
+                "tau": part.choice.rule.tau,
                 "exit_layers": [o.layer for o in outcomes],
                 "exit_reasons": sorted({o.reason for o in outcomes}),
                 "queue_ms": round(1000 * max((o.queue_s for o in outcomes), default=0.0), 3),

@@ -103,7 +103,7 @@ def pairs(query: str, documents: Sequence[str], name: str = "query") -> list[Tex
 
 def scores_of(job: Job, raw: bool) -> list[float]:
     """The scores of a finished job's pairs: the sigmoid of the model's outputs, or the outputs themselves if `raw`."""
-    values = [outcome.value for outcome in job.outcomes()]
+    values = [outcome.value for outcome in job.first.outcomes()]
     return values if raw else [sigmoid(value) for value in values]
 
 
@@ -196,7 +196,7 @@ def serialize(request_id: str, job: Job) -> bytes:
         return orjson.dumps(rows)
     body: Mapping[str, Any] = {
         "id": f"rerank-{request_id}",
-        "model": job.model.full_name,
+        "model": job.first.model.full_name,
         "usage": {"prompt_tokens": job.tokens, "total_tokens": job.tokens},
         "results": rows,
     }

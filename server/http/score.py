@@ -119,7 +119,7 @@ def serialize(request_id: str, job: Job) -> bytes:
         "id": f"score-{request.id or request_id}",
         "object": "list",
         "created": int(time.time()),
-        "model": job.model.full_name,
+        "model": job.first.model.full_name,
         "data": [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }

@@ -55,6 +55,6 @@ def serialize(request_id: str, job: Job) -> bytes:
             "embedding": outcome.text_reading.logits,
             "meta_info": {"id": request_id, "prompt_tokens": outcome.tokens},
         }
-        for outcome in job.outcomes()
+        for outcome in job.first.outcomes()
     ]
     return orjson.dumps(rows if job.request.is_batch else rows[0])

@@ -92,8 +92,8 @@ def parse(call: Call) -> PredictRequest:
 def serialize(_: str, job: Job) -> bytes:
     """[{"score", "label"}, …], the most probable first; for a batch, a list of such lists."""
     assert isinstance(job.request, PredictRequest)
-    labels, raw = job.model.manifest.labels, job.request.raw_scores
-    rows = [_scores(outcome.text_reading, labels, raw) for outcome in job.outcomes()]
+    labels, raw = job.first.model.manifest.labels, job.request.raw_scores
+    rows = [_scores(outcome.text_reading, labels, raw) for outcome in job.first.outcomes()]
     return orjson.dumps(rows if job.request.is_batch else rows[0])
 
 
