@@ -40,11 +40,15 @@ class Plan:
     has_layouts: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        rules = [one.rule for one in self.choices]
-        budgets = (one.budget_s for one in self.choices if one.budget_s is not None)
-        object.__setattr__(self, "budget_s", min(budgets, default=None))
-        object.__setattr__(self, "has_codes", all(rule.signal.code is not None for rule in rules))
-        object.__setattr__(self, "has_layouts", any(isinstance(rule.kind, Spans) for rule in rules))
+        budget_s, has_codes, has_layouts = None, True, False
+        for choice in self.choices:
+            if choice.budget_s is not None:
+                budget_s = choice.budget_s if budget_s is None else min(budget_s, choice.budget_s)
+            has_codes &= choice.rule.signal.code is not None
+            has_layouts |= isinstance(choice.rule.kind, Spans)
+        object.__setattr__(self, "budget_s", budget_s)
+        object.__setattr__(self, "has_codes", has_codes)
+        object.__setattr__(self, "has_layouts", has_layouts)
 
 
 def plan_of(
