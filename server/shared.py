@@ -8,7 +8,7 @@ from prometheus_client import generate_latest
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
-from de3.runtime.rules import Standing
+from de3.runtime.choice import Standing
 from de3.runtime.upstream.answer import Asks
 from de3.server.audit.audits import Audits, AuditStore
 from de3.server.audit.coordinator import Coordinator

@@ -7,12 +7,12 @@ from typing import Any
 from de3.exits.criteria import Limits
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
+from de3.runtime.choice import Choice
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.plan import Plan
 from de3.runtime.engine.request import Request, Sender, Text
 from de3.runtime.fit import Job as FitJob
 from de3.runtime.options import ExitOptions
-from de3.runtime.rules import Choice
 
 NO_MONITOR = SimpleNamespace(samples=lambda: False, limits=None, tau_factor=1.0)
 

@@ -35,12 +35,13 @@ from de3.model_store.fitted import FittedTexts, Marks, client_hash, pieces_of
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Artifact, Store
+from de3.runtime.choice import InForce, Standing
 from de3.runtime.engine import audit as audit_engine
 from de3.runtime.engine.audit import OVERDUE_SHARE, Audit, AuditThreads, run_audits
 from de3.runtime.engine.queue import WorkQueue
 from de3.runtime.engine.request import Sender
 from de3.runtime.errors import RequestError
-from de3.runtime.rules import InForce, Rules, Standing
+from de3.runtime.rules import Rules
 from de3.server.audit import auditor, ledgers
 from de3.server.audit.auditor import LEARN_TEXTS, MAX_HELD, NO_OPTIONS, ROOM, Auditor, Traffic
 from de3.server.audit.audits import Audits

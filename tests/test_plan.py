@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from de3.model_store.store import Store
+from de3.runtime.choice import InForce, Standing
 from de3.runtime.classification import Classification
 from de3.runtime.engine import plan
 from de3.runtime.engine.plan import plan_of
 from de3.runtime.engine.request import Request, Text
 from de3.runtime.options import ExitOptions
-from de3.runtime.rules import InForce, Rules, Standing
+from de3.runtime.rules import Rules
 from de3.server.settings import Settings
 
 TENANTS = st.sampled_from(["", "one", "two"])

@@ -22,9 +22,10 @@ from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.runtime.answer import rounded
+from de3.runtime.choice import Choice
 from de3.runtime.errors import Cause, RequestError
 from de3.runtime.options import ExitOptions
-from de3.runtime.rules import Choice, Rules
+from de3.runtime.rules import Rules
 from de3.server import infer
 from de3.server.http import classify
 from de3.server.http.errors import STATUSES

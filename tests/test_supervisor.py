@@ -21,8 +21,9 @@ from de3.exits.guarantee import Audited
 from de3.model_store.manifest import encoder_hashes, fingerprint
 from de3.model_store.store import Artifact, Store
 from de3.runtime.background import errors
+from de3.runtime.choice import InForce, Standing
 from de3.runtime.errors import RequestError
-from de3.runtime.rules import InForce, Rules, Standing
+from de3.runtime.rules import Rules
 from de3.server.audit.report import Live
 from de3.server.audit.tenant import Settled
 from de3.server.learn.record import Record

@@ -23,11 +23,11 @@ from de3.model_store.forward import Decision, ForwardPass, LayerByLayer
 from de3.model_store.manifest import Defaults
 from de3.model_store.model import Model
 from de3.model_store.store import Store
+from de3.runtime.choice import Choice
 from de3.runtime.engine.plan import with_spans
 from de3.runtime.engine.queue import WorkQueue
 from de3.runtime.engine.request import Request, SpanOptions, Text
 from de3.runtime.engine.run import run
-from de3.runtime.rules import Choice
 from tests import jobs
 from tests.fixtures import TAGS, made_once, make_rows
 from tests.serving import Server, serving

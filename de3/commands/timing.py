@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from de3.data.examples import Example
 from de3.data.tables import pair_of
+from de3.runtime.choice import Choice
 from de3.runtime.engine.group import run_group
 from de3.runtime.engine.job import Item, Job, Result
 from de3.runtime.engine.outcome import Outcome
@@ -17,7 +18,6 @@ from de3.runtime.engine.request import Request, Text
 from de3.runtime.engine.run import run
 from de3.runtime.engine.served import Served
 from de3.runtime.options import NO_OPTIONS, ExitOptions
-from de3.runtime.rules import Choice
 from de3.training.evaluate import Times
 
 BLOCK = 25  # texts that run to one depth before any run to the next

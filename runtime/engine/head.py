@@ -12,11 +12,11 @@ from de3.model_store.forward import Decision, ForwardPass
 from de3.model_store.model import Model
 from de3.model_store.segments import Array
 from de3.model_store.tokenizer import Windows
+from de3.runtime.choice import Choice
 from de3.runtime.engine.outcome import Outcome, Window
 from de3.runtime.engine.served import Served
 from de3.runtime.ood import OodMonitor
 from de3.runtime.options import ExitOptions
-from de3.runtime.rules import Choice
 
 
 class WindowProgress:

@@ -7,11 +7,11 @@ from de3.exits.kinds import Spans
 from de3.exits.windows import MAX_WINDOWS, most_windows
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
+from de3.runtime.choice import Choice
 from de3.runtime.engine.request import Entry, Request
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
 from de3.runtime.options import NO_OPTIONS, ExitOptions, Long
-from de3.runtime.rules import Choice
 
 MAX_KEPT = 256  # plans of a model
 

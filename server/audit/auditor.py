@@ -32,6 +32,7 @@ from de3.model_store.records import packed
 from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import Windows
 from de3.runtime.background import run_once
+from de3.runtime.choice import Standing
 from de3.runtime.engine.audit import Audit
 from de3.runtime.engine.head import Part
 from de3.runtime.engine.job import Job
@@ -40,7 +41,6 @@ from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
 from de3.runtime.networks import network_hash
 from de3.runtime.options import NO_OPTIONS
-from de3.runtime.rules import Standing
 from de3.server.audit.tenant import Settled, add_settled
 from de3.server.learn.record import Record
 from de3.server.settings import Settings

@@ -9,12 +9,13 @@ from de3.exits.reading import Reading
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.runtime.background import report
+from de3.runtime.choice import Standing
 from de3.runtime.engine.audit import Audit
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Text
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
-from de3.runtime.rules import Rules, Standing
+from de3.runtime.rules import Rules
 from de3.runtime.upstream.answer import Asks, reading_of
 from de3.runtime.upstream.usage import Query
 from de3.server.audit.auditor import LEARN_CALLS, LEARN_TEXTS, Auditor, Traffic

@@ -8,8 +8,9 @@ from weakref import WeakKeyDictionary
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
+from de3.runtime.choice import Standing
 from de3.runtime.errors import RequestError
-from de3.runtime.rules import Rules, Standing
+from de3.runtime.rules import Rules
 from de3.runtime.upstream.upstreams import Upstreams
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.ledgers import Ledgers

@@ -21,8 +21,9 @@ from de3.exits.criteria import Disagreement, Limits, MissedFlag, MissedSpan, cri
 from de3.exits.guarantee import Reason, error_of, profiles_of
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
+from de3.runtime.choice import Choice, InForce, Standing
 from de3.runtime.fit import HeldOut
-from de3.runtime.rules import Choice, InForce, Rules, Standing
+from de3.runtime.rules import Rules
 from de3.server.audit.tenant import MAX_SEEN, MOST_SEEN, Bounded, Settled, Tenant
 from de3.server.settings import Settings
 

@@ -7,8 +7,9 @@ from threading import Lock
 
 from de3.model_store.manifest import Manifest, base_of
 from de3.runtime.background import keep_running
+from de3.runtime.choice import Standing
 from de3.runtime.fit import HeldOut
-from de3.runtime.rules import Rules, Standing
+from de3.runtime.rules import Rules
 from de3.server.audit.ledger import Ledger
 from de3.server.audit.state import StateDir
 from de3.server.audit.tenant import Settled

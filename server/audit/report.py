@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from de3.exits.bound import CONFIDENCE
 from de3.exits.calibration import speedup
 from de3.model_store.manifest import Manifest
-from de3.runtime.rules import Choice
+from de3.runtime.choice import Choice
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.audit.tenant import Bounded, Tenant
 

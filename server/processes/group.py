@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from de3.model_store.manifest import Manifest, fingerprint
+from de3.runtime.choice import Standing
 from de3.runtime.errors import RequestError
-from de3.runtime.rules import Standing
 from de3.server.audit.report import Live
 from de3.server.processes.channel import Channel, ChannelClosedError
 from de3.server.processes.messages import decode

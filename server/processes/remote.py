@@ -6,7 +6,8 @@ from functools import partial
 
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact
-from de3.runtime.rules import Rules, Standing
+from de3.runtime.choice import Standing
+from de3.runtime.rules import Rules
 from de3.server.audit.tenant import Settled, add_settled
 from de3.server.learn.record import Record
 from de3.server.processes.channel import Channel

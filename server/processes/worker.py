@@ -16,7 +16,7 @@ from typing import Any
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.runtime.background import report, run_once
-from de3.runtime.rules import Standing
+from de3.runtime.choice import Standing
 from de3.server import logs, memory
 from de3.server.http.http_server import HttpServer, max_connections, stop_signals, uvicorn_config
 from de3.server.manager import Manager, Plan
