@@ -436,7 +436,8 @@ class Rules:
         if tau is not None:
             return self._at_tau(tau, signal, "tau", tau, max_layer)
         default = self.of_tenant(tenant) if signal is self._signal else self._default_with(signal, tenant)
-        return self._at_tau(default.rule.tau, signal, "default", None, max_layer)
+        choice = self._at_tau(default.rule.tau, signal, "default", None, max_layer)
+        return replace(choice, one_window=default.one_window)  # the layers up to max_layer keep max_missed
 
     def _table(self, signal: Signal, field: str) -> TradeOffs:
         """The trade-offs of a signal; raises RequestError, which names `field`, if the signal was not calibrated."""
