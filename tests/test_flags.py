@@ -356,7 +356,8 @@ def test_a_certificate_of_missed_texts_is_for_the_calibrations_flag(
         tighter = server.classify(input=TEXTS, max_missed=0.05).json()["certificate"]
         assert 0 < tighter["bound"] <= 0.05
         assert server.classify(input="good", max_missed=0, explain=True).json()["tau_choice"]["tau"] == 0
-        for own in ({}, {"max_layer": 3}):  # a text in windows is not certified, also if max_layer cuts nothing off
+        # A text in windows is not certified, also if max_layer cuts nothing off.
+        for own in ({}, {"max_layer": 3}):
             (row,) = rows_of(server, input=" ".join(TEXTS), **own)
             assert set(row["windows"]["layers"]) == {3} and len(row["windows"]["layers"]) > 1, row
         for threshold, status in ((0.5, 422), (0.6, 200)):

@@ -373,15 +373,21 @@ def test_the_time_of_windows_is_predicted(server: Server) -> None:
 def test_which_texts_in_windows_run_to_full_depth() -> None:
     """Those whose early exits nothing audits or certifies."""
     spans = Spans(SpanRule(("O", "X")))
-    for kind, guarantee, one_window, is_deep in (
-        (CLASSES, None, False, False),
-        (CLASSES, 0.02, False, False),
-        (CLASSES, None, True, True),  # under max_missed
-        (spans, None, False, False),
-        (spans, 0.02, False, True),
+    for kind, guarantee, one_window, learned, flag, is_deep in (
+        (CLASSES, None, False, None, None, False),
+        (CLASSES, 0.02, False, None, "flag", False),
+        (CLASSES, None, True, None, "flag", True),  # under max_missed
+        (CLASSES, 0.02, False, "learned", "flag", True),  # its held-out texts are in one window
+        (CLASSES, 0.02, False, "learned", None, False),
+        (CLASSES, None, False, "learned", "flag", False),
+        (spans, None, False, None, None, False),
+        (spans, 0.02, False, None, None, True),
     ):
         fields = {"one_window": one_window, "guarantee": guarantee, "certificate": None}
-        part: Any = SimpleNamespace(choice=SimpleNamespace(rule=SimpleNamespace(kind=kind), **fields))
+        choice = SimpleNamespace(rule=SimpleNamespace(kind=kind, flag=flag), **fields)
+        part: Any = SimpleNamespace(
+            choice=choice, model=SimpleNamespace(manifest=SimpleNamespace(learned=learned))
+        )
         with mock.patch("de3.runtime.engine.head.WindowProgress"):
             (head := Head(part)).start_windows(mock.sentinel.windows)
         assert head.is_deep == is_deep

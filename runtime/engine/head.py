@@ -148,10 +148,13 @@ class Head:
     def start_windows(self, windows: Windows) -> None:
         """Prepare for a text in several windows."""
         # A token classifier's texts in windows are not audited, and it takes only one of them to miss a span. As for
-        # what a guard misses, only texts in one window are certified.
-        choice = self.part.choice
-        self.is_deep |= choice.one_window
-        self.is_deep |= isinstance(choice.rule.kind, Spans) and choice.guarantee is not None
+        # what a guard misses, only texts in one window are certified, and only they are held out for exits that are
+        # learned.
+        choice, manifest = self.part.choice, self.part.model.manifest
+        has_none = isinstance(choice.rule.kind, Spans) or (
+            choice.rule.flag is not None and manifest.learned is not None
+        )
+        self.is_deep |= choice.one_window or (has_none and choice.guarantee is not None)
         self.windows = WindowProgress(windows, choice.rule)
 
     def end_window(self, forward: ForwardPass) -> ExitReason | None:

@@ -517,9 +517,9 @@ class Auditor:
 
     @property
     def _covers_windows(self) -> bool:
-        """True if texts in windows are audited: those of a guard, since one flagged window decides."""
-        has_flag = self.served.rules.limits.flag is not None
-        return has_flag and self._ask is None and not self.served.model.manifest.is_spans
+        """True if texts in windows are audited: those of a guard without learned exits, as they may exit early."""
+        manifest, has_flag = self.served.model.manifest, self.served.rules.limits.flag is not None
+        return has_flag and self._ask is None and not manifest.is_spans and manifest.learned is None
 
     def _evidence_key(self, tokens: Tokens | Windows, tenant: str) -> int | None:
         """The key of an audited text; see Settled."""
