@@ -21,8 +21,6 @@ from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.native.network import Memory, can_share_memory
 from de3.runtime.child import ignore_working_directory
-from de3.runtime.engine.plan import check_encoders
-from de3.runtime.errors import RequestError
 from de3.runtime.loading import by_depth
 from de3.runtime.processes import most_processes
 from de3.runtime.settings import RuntimeSettings
@@ -59,10 +57,10 @@ class LocalPool:
         threads: int | None = None,
         upstreams: Sequence[UpstreamModel] = (),
     ) -> None:
-        """artifacts: models with the same encoder. threads: engine threads of all processes; None: one per core.
+        """artifacts: the models. threads: engine threads of all processes; None: one per core.
 
         upstreams: the models with an upstream, whose answers are Placeholders; see UpstreamPool. Raises ValueError if a
-        model cannot be used, if their encoders differ, or if two have the same name.
+        model cannot be used, or if two have the same name.
         """
         prefixes([artifact.manifest.name for artifact in artifacts])
         settings = RuntimeSettings(threads=threads or 0)
@@ -79,14 +77,10 @@ class LocalPool:
             return Memory(self._weights, False) if self._weights is not None and encoder == key else None
 
         models = [Model(artifact, memory_of=memory_of, encoders=encoders) for artifact in ordered]
-        try:
-            check_encoders(models)
-        except RequestError as error:
-            raise ValueError(error.message) from None
-        has_kernels = models[0].runtime == "native"
+        have_kernels = [model.runtime == "native" for model in models]
         del models
-        shared = self._weights if has_kernels else None
-        opened = partial(_open, artifacts, each, has_kernels, os.getpid(), shared, options, upstreams)
+        shared = (key, os.getpid(), self._weights) if self._weights is not None and have_kernels[0] else None
+        opened = partial(_open, artifacts, each, all(have_kernels), shared, options, upstreams)
         ignore_working_directory()
         context = get_context("forkserver" if self.size > 1 else "spawn")
         if self.size > 1:
@@ -112,21 +106,21 @@ def _open(
     artifacts: Sequence[Artifact],
     threads: int,
     is_proved: bool,
-    parent: int,
-    weights: int | None,
+    weights: tuple[str, int, int] | None,
     options: Options,
     upstreams: Sequence[UpstreamModel],
 ) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach all processes; the parent ends them
         signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
-    memory = None
-    if weights is not None:  # a file descriptor of the parent
-        memory = Memory(os.open(f"/proc/{parent}/fd/{weights}", os.O_RDONLY | os.O_CLOEXEC), True)
-    settings = threads, is_proved, lambda _: memory, upstreams, False
+    memories = dict[str, Memory]()
+    if weights is not None:
+        encoder, parent, fd = weights  # a file descriptor of the parent
+        memories[encoder] = Memory(os.open(f"/proc/{parent}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), True)
+    settings = threads, is_proved, memories.get, upstreams, False
     one = Classifier(artifacts[0], *settings) if len(artifacts) == 1 else Classifiers(artifacts, *settings)
     _open_in_this_process.append((one, options))
-    if memory is not None:
+    for memory in memories.values():
         os.close(memory.fd)  # the kernels have mapped it
 
 

@@ -420,7 +420,7 @@ class Client(_Client[httpx.Client]):
     def classify_several(
         self, inputs: Input | Sequence[Input], models: Sequence[str | Mapping[str, Any]], **options: Any
     ) -> list[Answer]:
-        """Classify on one pass with several models that have the same encoder; returns each model's answer, in order.
+        """Classify with several models, on one pass if they have the same encoder; returns each one's answer, in order.
 
         models: for each, its name, or an object with `model` and exit options. Raises as classify does.
         """
@@ -475,7 +475,7 @@ class AsyncClient(_Client[httpx.AsyncClient]):
     async def classify_several(
         self, inputs: Input | Sequence[Input], models: Sequence[str | Mapping[str, Any]], **options: Any
     ) -> list[Answer]:
-        """Classify on one pass with several models that have the same encoder; returns each model's answer, in order.
+        """Classify with several models, on one pass if they have the same encoder; returns each one's answer, in order.
 
         models: for each, its name, or an object with `model` and exit options. Raises as Client.classify does.
         """

@@ -111,14 +111,14 @@ class Answers:
     def add_job(self, job: Job) -> None:
         """Append the answers of a finished job, and release them."""
         answers = list[Sequence[Mapping[str, Any]] | str]()
-        for item in job.items:
-            if failed := [head for head in item.heads if head.outcome is None]:
+        for by_part in zip(*map(job.rows, job.parts), strict=True):
+            if failed := [head for _, head in by_part if head.outcome is None]:
                 error = failed[0].error
                 where = error.field if isinstance(error, RequestError) else None
                 answers.append(str(error).removeprefix(f"{where}: "))
                 continue
-            answers.append([row_of(item, head, exact=True) for head in item.heads])
-            for head, times in zip(item.heads, self.times.values(), strict=True):
+            answers.append([row_of(item, head, exact=True) for item, head in by_part])
+            for (_, head), times in zip(by_part, self.times.values(), strict=True):
                 assert head.outcome is not None
                 for window in head.outcome.windows or (head.outcome,):
                     speedup = head.part.served.timing.speedup(window.tokens, window.layer)

@@ -94,19 +94,19 @@ def load(
     threads: int | None = None,
     quantize: Literal["int8", "none"] = "int8",
 ) -> "Classifier | Classifiers":
-    """Load a classifier, or several that have the same encoder.
+    """Load a classifier, or several.
 
     Args:
         name: a model in the store (name or name:version); the folder of an artifact or of a Hugging Face classifier;
             the id of one on the hub; or the .toml file of a model with an upstream. A Hugging Face classifier is
-            converted once, and runs at full depth. A list of such names loads several, which classify on one pass;
-            instead of a name, it may have a dict with `model`, the name, and exit options, which replace those of the
-            calls.
+            converted once, and runs at full depth. A list of such names loads several, of which those with the same
+            encoder classify on one pass; instead of a name, it may have a dict with `model`, the name, and exit
+            options, which replace those of the calls.
         store: the model store. Default: $DE3_STORE, else `models`; de3.DEMO has the demo model, sst2.
         threads: engine threads. Default: one per core.
         quantize: precision of Hugging Face classifiers: int8, or none for fp32.
 
-    Raises ValueError if there is no such classifier, or it cannot be used; of several, also if their encoders differ.
+    Raises ValueError if there is no such classifier, or it cannot be used.
     """
     folder = Path(store if store is not None else os.environ.get("DE3_STORE", "models")).absolute()
     if isinstance(name, str | Path):
@@ -144,7 +144,7 @@ def artifact_of(name: str, store: Path, quantize: str = "int8", state_dir: Path 
 
 
 class _Loaded:
-    """Loaded models with the same encoder, and their own threads."""
+    """Loaded models, and their own threads."""
 
     def __init__(
         self,
@@ -487,7 +487,7 @@ class Classifier(_Loaded):
 
 
 class Classifiers(_Loaded):
-    """Loaded classifiers that have the same encoder: each text runs through it once for all of them.
+    """Loaded classifiers: each text runs once through each of their encoders.
 
     Each answers as it would alone. Any number of threads may call it. Call close(), or leave that to the garbage
     collector. After os.fork, the child must load its own.
@@ -619,7 +619,7 @@ def _is_missing(value: object) -> bool:
 
 def _rows(job: Job) -> list[list[ClassifiedText]]:
     """Each model's answers to the texts of a finished job, which is released."""
-    rows = [list(map(row_of, job.items, part.heads)) for part in job.parts]
+    rows = [[row_of(*one) for one in job.rows(part)] for part in job.parts]
     job.release()
     return rows
 

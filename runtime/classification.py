@@ -18,7 +18,7 @@ from de3.runtime.flags import Wanted
 from de3.runtime.options import NO_OPTIONS, ExitOptions, Long, OptionFields, long_of
 
 MAX_TEMPLATE = 100  # characters that replace a span
-MAX_MODELS = 16  # models that answer on one pass, as in native/layers.h
+MAX_MODELS = 16  # models that answer a request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,8 +158,8 @@ class ClassifyRequest(OptionFields):
         BeforeValidator(_entries, json_schema_input_type=Entries | None),
     ] = Field(
         None,
-        description="instead of model: models with the same encoder, which all answer on one pass, each as it would "
-        "alone; a name, or an object with a name and exit options, which replace the request's",
+        description="instead of model: models that all answer, each as it would alone, those with the same encoder on "
+        "one pass; a name, or an object with a name and exit options, which replace the request's",
     )
     input: Texts = Field(description="a text, a pair, or a list of them")
     truncate: bool | None = Field(
@@ -275,7 +275,9 @@ class ClassifyRequest(OptionFields):
             return one, self.options
         if one.latency_budget_ms is not None or one.best_effort:
             name = "best_effort" if one.latency_budget_ms is None else "latency_budget_ms"
-            raise ValueError(f"{where}.{name}: a budget is that of the whole pass; set it outside of models")
+            raise ValueError(
+                f"{where}.{name}: a budget is that of the whole answer; set it outside of models"
+            )
         if one.options == NO_OPTIONS:
             return one.model, self.options
         try:

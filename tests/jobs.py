@@ -20,7 +20,11 @@ NO_MONITOR = SimpleNamespace(samples=lambda: False, limits=None, tau_factor=1.0)
 def stand_in(has_kernels: bool, encoder: Any = None) -> Any:
     """A stand-in for a model; encoder: None: one of its own."""
     encoder = encoder or SimpleNamespace(forward=object() if has_kernels else None)
-    return SimpleNamespace(encoder=encoder, manifest=SimpleNamespace(num_layers=6))
+    return SimpleNamespace(
+        encoder=encoder,
+        manifest=SimpleNamespace(num_layers=6),
+        can_run=lambda other: other.encoder is encoder,
+    )
 
 
 NO_MODEL, WITH_KERNELS = stand_in(False), stand_in(True)

@@ -828,7 +828,9 @@ class Answering:
         choice = SimpleNamespace(rule=ExitRule(tau, Entropy()))
         request, sender = SimpleNamespace(is_private=is_private), Sender(tenant=tenant)
         part = SimpleNamespace(choice=choice, options=NO_OPTIONS, heads=heads)
-        return SimpleNamespace(client="one", items=items, request=request, sender=sender, first=part)
+        fields = {"request": request, "sender": sender, "first": part}
+        rows = list(zip(items, heads, strict=True))
+        return SimpleNamespace(client="one", items=items, rows=lambda _: rows, **fields)
 
     def answer(
         self,

@@ -629,8 +629,6 @@ def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Pa
         ("--model tiny --file {0}/in.jsonl --out {0}/out.xlsx", "expected .csv, .jsonl"),
         ("--file - --out - --refused drop", "--refused: "),
         ("good --url http://127.0.0.1:9", "de3 serve"),
-        ("--model tiny,tiny-int8 --file {0}/in.jsonl --out {0}/out.csv", "cannot share a pass"),
-        ("good --model tiny,tiny-int8", "cannot share a pass"),
     ],
 )
 def test_errors_of_the_command(store: Path, tmp_path: Path, arguments: str, says: str) -> None:
@@ -793,6 +791,11 @@ def test_several_models_classify_a_file_on_one_pass(several: Path, tmp_path: Pat
     assert [one["model"] for one in about["models"]] == ["mood-int8:1", "tiny-int8:1"]
     assert "other settings (models, artifact)" in refusal(local.replace("mood-int8,tiny", "tiny-int8,mood"))
 
+    mixed = ["tiny", *BOTH]  # two encoders
+    with closing(pool.LocalPool([Store(several).open(name) for name in mixed], {"tau": 0.9}, 2)) as found:
+        answer = found.submit(texts[:9]).result()
+    with de3.load(mixed, store=several, threads=1) as three:
+        assert answer.values == three.answers(texts[:9], as_arrow=True, tau=0.9).to_pydict()
     text = ["classify", "a good film", "--model", ",".join(BOTH)]
     with serving(several, models=BOTH) as server:
         output = de3_command(f"{options} --url {server.url} --out {tmp_path}/url.jsonl --refused drop")

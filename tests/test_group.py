@@ -111,7 +111,7 @@ def alone(model: Model, texts: list[str], **options: Any) -> dict[str, Any]:
 def test_long_texts_and_shadows_run_alone(model: Model) -> None:
     fits, long = job(model, ["a" * 2 * PIECE, "a" * (2 * PIECE + 1)]).items
     assert fits.can_share and not long.can_share
-    assert not job(model, is_shadow=True).in_groups
+    assert not job(model, is_shadow=True).passes[0].in_groups
 
 
 def test_all_layers_run_in_one_step_if_they_fit(model: Model) -> None:
@@ -170,7 +170,7 @@ def test_several_models_exit_where_each_would_alone(model: Model) -> None:
 
 def test_a_text_found_to_be_longer_than_a_step_is_resumed(model: Model) -> None:
     queue = queue_of(long := job(model, ["good"], due=5.0))
-    long.deepest.group_s = lambda _: 2 * MAX_STEP_S  # found once the text is tokenized
+    long.passes[0].deepest.group_s = lambda _: 2 * MAX_STEP_S  # found once the text is tokenized
     steps = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
     (item,) = steps.run()
     assert item.layer == 2 and len(queue) == 2

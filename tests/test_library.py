@@ -243,9 +243,15 @@ def test_several_models_on_one_encoder_answer_as_each_alone(
             both.classify(["good", " "])
     with pytest.raises(RuntimeError, match="closed"):
         both.classify("good")
+    mixed = ["tiny", "mood-int8"]  # fp32 and int8: two encoders
+    with (
+        de3.load(mixed, store=several, threads=2) as both,
+        de3.load("tiny", store=several) as tiny,
+        de3.load(names[0], store=several) as mood,
+    ):
+        assert both.classify(texts[:9]) == [tiny.classify(texts[:9]), mood.classify(texts[:9])]
     before = threading.active_count()
     for models, says in (
-        (["tiny", "mood-int8"], r"models\[1\]: mood-int8:1 has another runtime than tiny:1"),
         (["mood", {"model": "mood:1", "tau": 0.1}], "models: mood is given twice"),
         (["tiny", {"model": "mood", "max_disagreement": 0.1}], "mood:1 was exported without a calibration"),
         (["tiny", "nothing"], "no model 'nothing'"),

@@ -72,7 +72,7 @@ class QueueMachine(RuleBasedStateMachine):
         first = group[0]
         total = sum(x.group_s for x in [*group, item])
         fits = total <= MAX_STEP_S and item.group_s <= MAX_STRETCH * first.group_s
-        is_alike = item.layer == first.layer and item.job.encoder is first.job.encoder
+        is_alike = item.layer == first.layer and item.shared.encoder is first.shared.encoder
         return first.can_share and item.can_share and fits and is_alike
 
     def check(self, group: list[Any], known: int, room: float) -> None:
@@ -202,7 +202,7 @@ TestQueue.settings = settings(max_examples=50)
 def test_a_client_ahead_of_others_that_wait_gets_no_admitted() -> None:
     engine = Engine(1, 100)
     engine.submit(job(1, client="patient"))
-    engine.queue.charge([(job(1, client="greedy"), 2 * MAX_LEAD_S)])
+    engine.queue.charge([(job(1, client="greedy").items[0], 2 * MAX_LEAD_S)])
     asking = job(1, client="greedy")
     asking.deadline = perf_counter() + 100
     with pytest.raises(RequestError, match="over your share"):
@@ -272,7 +272,7 @@ def test_only_another_recently_active_client_limits_admitted(monkeypatch: pytest
     now = 100.0
     monkeypatch.setattr("de3.runtime.fair_queue.perf_counter", lambda: now)
     queue, asking = WorkQueue(100), job(1, client="asking")
-    queue.charge([(asking, 5.0)])
+    queue.charge([(asking.items[0], 5.0)])
     assert queue.lead(asking) < 0  # its own activity does not count
     queue.put(admitted(200.0, "asking"))  # a text of 1 s
     queue.put(gone := admitted(300.0, "asking", texts=2, seconds=3.0))
@@ -282,7 +282,7 @@ def test_only_another_recently_active_client_limits_admitted(monkeypatch: pytest
     queue.drop(queue.next()[0].job)
     assert queue.lead(asking) == 5.0
     now += 1.001
-    queue.charge([(asking, 1.0)])
+    queue.charge([(asking.items[0], 1.0)])
     assert queue.lead(asking) < 0
 
 
@@ -295,7 +295,8 @@ def test_a_client_is_preempted_once_it_leads_by_enough() -> None:
         queue.put(job(1, client="waiting"))
         assert not queue.has_more_urgent_than(item, 0.75 * PREEMPTION_LEAD_S / models)
         assert queue.has_more_urgent_than(item, 0.5 * PREEMPTION_LEAD_S / models)
-        queue.charge([(job(1, client="waiting"), 1.25 * PREEMPTION_LEAD_S)])  # so that both lead alike
+        waiting = job(1, client="waiting").items[0]
+        queue.charge([(waiting, 1.25 * PREEMPTION_LEAD_S)])  # so that both lead alike
         assert not queue.has_more_urgent_than(item, 0.75 * PREEMPTION_LEAD_S / models)
 
 
@@ -326,10 +327,10 @@ def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(monkeypatch: 
 
 def test_shadows_are_charged_to_no_client() -> None:
     queue = WorkQueue(100)
-    queue.charge([(job(1, client="a", is_shadow=True), 5.0)])
+    queue.charge([(job(1, client="a", is_shadow=True).items[0], 5.0)])
     queue.put(job(1, submitted=1.0, client="b"))
     queue.put(job(1, submitted=2.0, client="a"))
-    queue.charge([(job(1, client="b"), 1.0)])
+    queue.charge([(job(1, client="b").items[0], 1.0)])
     assert queue.next()[0].job.client == "a"
 
 
@@ -338,15 +339,15 @@ def test_a_client_that_was_idle_or_is_new_has_saved_up_no_time(in_turn: bool) ->
     """Whether the other one was served in its turn, or for a deadline while nothing else was pending."""
     queue, idle, busy = WorkQueue(100), job(1, client="idle"), job(3, client="busy")
     if in_turn:
-        queue.charge([(idle, 0.0)])
+        queue.charge([(idle.items[0], 0.0)])
     queue.put(busy)
     for _ in range(1 + in_turn):
-        queue.charge([(queue.next()[0].job, 5.0)])
+        queue.charge([(queue.next()[0], 5.0)])
     if not in_turn:
         queue.drop(busy)  # its other items are still in a heap
         queue.put(admitted(0, "busy"))
         queue.next()
         queue.put(busy := job(1, client="busy"))
     queue.put(idle)
-    queue.charge([(idle, 6.0 if in_turn else 1.0)])  # as it starts at the time of the other one, 5 s
+    queue.charge([(idle.items[0], 6.0 if in_turn else 1.0)])  # as it starts at the time of the other one, 5 s
     assert queue.next() == busy.items[-1:]

@@ -1,4 +1,4 @@
-"""Several models with one encoder answer a request on one pass, each bit for bit as it would alone."""
+"""Several models answer a request, those with one encoder on one pass, each bit for bit as it would alone."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,12 @@ from de3.export.publish import write_exits
 from de3.model_store.manifest import Defaults
 from de3.model_store.store import Store
 from de3.runtime.classification import MAX_MODELS
+from de3.runtime.engine.job import MAX_HEADS
 from de3.runtime.options import OPTION_NAMES
 from de3.server.http.access import TOKENS_PER_TEXT
 from tests.commands import de3
 from tests.fixtures import made_once, make_rows, save_encoder
-from tests.jobs import job
+from tests.jobs import job, stand_in
 from tests.serving import Gate, Server, serving, until
 from tests.stock import coarse_calibration
 from tests.test_audit import audit
@@ -170,6 +171,24 @@ def test_each_model_answers_as_it_would_alone(server: Server, kind: str, case: s
         assert len(exits) > 1  # the models decide apart
 
 
+@pytest.mark.parametrize("body", [{}, {"latency_budget_ms": 6e4}, {"input": LONG, "long": "windows"}])
+def test_models_with_different_encoders_have_a_pass_each(server: Server, body: dict[str, Any]) -> None:
+    body = {"input": TEXTS} | body
+    entries: list[Entry] = ["stars", "topics-int8", "tags"]
+    if "latency_budget_ms" not in body:
+        entries += ["other", {"model": "tiny-int8", "tau": 0.4}]
+    before = counts(server, "tags:1")
+    whole = [alone(server, entry, body).json() for entry in entries]
+    between = counts(server, "tags:1")
+    answer = server.described(models=entries, **body)
+    assert answer["results"] == [result(one) for one in whole]
+    after = counts(server, "tags:1")
+    assert {k: v - between[k] for k, v in after.items()} == gained(before, between)
+    if not body.keys() & {"latency_budget_ms", "long"}:
+        fp32, int8, _, other, _ = (one["usage"]["prompt_tokens"] for one in whole)
+        assert answer["usage"]["prompt_tokens"] == fp32 + int8 + other
+
+
 @pytest.mark.parametrize("body", [{"tau": 0.5, "explain": True}, {"flag": "praise", "flag_threshold": 0.5}])
 def test_the_windows_of_each_model_are_its_own(server: Server, kind: str, body: dict[str, Any]) -> None:
     body = body | {"input": LONG, "long": "windows"}
@@ -298,6 +317,16 @@ def test_the_request_log_has_a_line_for_each_model(heads: Path, caplog: pytest.L
     assert other["tau"] == 0 != one["tau"] and other["exit_layers"] == [3] * 3 != one["exit_layers"]
 
 
+def test_a_pass_has_at_most_as_many_heads_as_the_kernels() -> None:
+    model = stand_in(has_kernels=True)
+    more = [job(["a"], [0.0] * 2, model=model) for _ in range(MAX_HEADS)]
+    both = job(["a"], [0.0] * 2, model=model, others=more)
+    assert [len(one.parts) for one in both.passes] == [len(one.heads) for one in both.items] == [MAX_HEADS, 1]
+    assert [both.rows(part) for part in both.parts] == [
+        [(item, head)] for item in both.items for head in item.heads
+    ]
+
+
 def test_the_budget_of_a_pass_is_the_shortest_of_its_models() -> None:
     for own, others, expected in ((None, 0.2, 0.2), (0.1, 0.2, 0.1), (0.3, 0.2, 0.2), (None, None, None)):
         other = job(["a"], [1.0], first_exit_s=[0.1] * 2, budget_s=others)
@@ -309,8 +338,6 @@ def test_the_budget_of_a_pass_is_the_shortest_of_its_models() -> None:
 
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"models": ["tiny", "unknown"]}, 404, "models[1].model", "no model 'unknown' is served"),
-    ({"models": ["tiny", "other"]}, 422, "models[1]", "other:1 has another encoder than tiny:1"),
-    ({"models": ["tiny-int8", "stars"]}, 422, "models[1]", "stars:1 has another runtime than tiny-int8:1"),
     ({"models": ["tiny"] * (MAX_MODELS + 1)}, 422, "models", "17 models; give 1 to 16"),
     ({"models": ["tiny"], "model": "tiny"}, 422, "models", "cannot be combined with model"),
     ({"models": ["tiny", {"model": "tiny", "latency_budget_ms": 9}]}, 422, "models[1].latency_budget_ms", "a budget"),

@@ -59,7 +59,7 @@ def classify(
         str | None,
         typer.Option(
             help="Model: name or name:version in the store, a folder or hub id of a Hugging Face classifier, or the "
-            ".toml file of a model with an upstream; or several with the same encoder, separated by commas, which "
+            ".toml file of a model with an upstream; or several, separated by commas: those with the same encoder "
             "share a pass. Default: the store's only model; with --url, the server's default.",
         ),
     ] = None,

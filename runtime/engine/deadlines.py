@@ -19,13 +19,13 @@ class _Admitted:
 
     Attributes:
         deadline: perf_counter seconds.
-        firsts: predicted seconds to the first exit of each of these texts, by the text's index.
+        firsts: predicted seconds to the first exit of each of these texts.
         first_s: sum of `firsts`.
         predicted_s: total predicted seconds of these texts through every layer.
     """
 
     deadline: float
-    firsts: dict[int, float]
+    firsts: dict[Item, float]
     first_s: float
     predicted_s: float
 
@@ -51,7 +51,7 @@ class Deadlines:
         """
         assert job.deadline is not None
         now = perf_counter()
-        firsts = {item.index: item.first_exit_s for item in job.items}
+        firsts = {item: item.first_exit_s for item in job.items}
         new = _Admitted(
             job.deadline, firsts, sum(firsts.values()), sum(item.predicted_s for item in job.items)
         )
@@ -98,7 +98,7 @@ class Deadlines:
             own = self._admitted.get(job)
             if own is None:  # dropped in the meantime
                 return now
-            own.firsts.pop(item.index)
+            own.firsts.pop(item)
             own.first_s -= item.first_exit_s
             own.predicted_s -= item.predicted_s
             extra, first_s, predicted_s, longest = float("inf"), item.first_exit_s, item.predicted_s, 0.0

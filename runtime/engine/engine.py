@@ -131,7 +131,9 @@ class Engine:
         try:
             # A short text is for the event loop, unless a thread is busy, which then takes it. At full depth, it takes
             # so long that it is handed over.
-            is_here = self._call_soon is not None and job.in_groups and job.first.choice.rule.tau > 0
+            is_here = (
+                self._call_soon is not None and job.passes[0].in_groups and job.first.choice.rule.tau > 0
+            )
             self.queue.put(job, wakes=not is_here)
         except RequestError:
             self.deadlines.drop(job)

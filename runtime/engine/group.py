@@ -12,7 +12,7 @@ from time import perf_counter
 
 from de3.model_store.forward import ForwardPass
 from de3.model_store.part import MAX_LAYERS
-from de3.runtime.engine.job import Item, Job, Result
+from de3.runtime.engine.job import Item, Result
 from de3.runtime.engine.queue import WorkQueue
 from de3.runtime.engine.run import outcomes_of, too_long_error
 from de3.runtime.engine.served import MAX_STEP_S
@@ -66,7 +66,7 @@ def _begin(
 ) -> None:
     """Tokenize a group. Dropped and failed items leave it; items too long for it are requeued, to run alone."""
     started = perf_counter()
-    items, served = list(group), group[0].job.deepest
+    items, served = list(group), group[0].shared.deepest
     model = served.model
     has_layouts = any(item.job.plan.has_layouts for item in items)
     pairs = [(item.text.text, item.text.text_pair) for item in items]
@@ -101,7 +101,7 @@ def _begin(
     spent = (perf_counter() - started) / len(items)
     for item in items:  # includes failed and requeued items
         item.tokenize_s = spent
-    queue.charge([(item.job, spent) for item in items])
+    queue.charge([(item, spent) for item in items])
     for item in too_long:
         item.is_short = False
     group[:] = ready
@@ -118,8 +118,8 @@ def _step(
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
 ) -> None:
     """Run as many layers as fit into a step. Items that have exited or were dropped or preempted leave the group."""
-    items, served = list(group), group[0].job.deepest
-    forward, first = group[0].job.encoder.forward, group[0].layer
+    items, served = list(group), group[0].shared.deepest
+    forward, first = group[0].shared.encoder.forward, group[0].layer
     assert forward is not None
     passes, layer_s = list[ForwardPass](), 0.0
     for item in items:
@@ -132,9 +132,9 @@ def _step(
     forward(passes, layers + (first == 0))
     left: list[tuple[Item, Result]] = []
     staying: list[Item] = []
-    charged = list[tuple[Job, float]]()
+    charged = list[tuple[Item, float]]()
     for item, one in zip(items, passes, strict=True):
-        charged.append((item.job, one.seconds - item.model_s))
+        charged.append((item, one.seconds - item.model_s))
         item.model_s, item.layer = one.seconds, one.layer
         if one.is_done:
             left.append((item, outcomes_of(item)))

@@ -19,6 +19,8 @@ from de3.runtime.engine.timing import tokens_of
 # Seconds from the last layer to the first byte of the response: a part per request, and a part per text.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
 
+MAX_HEADS = 16  # models that share a pass, as in native/layers.h
+
 Result = list[Outcome] | Exception  # what an item's heads have found, or the error that it failed with
 
 
@@ -29,7 +31,8 @@ class Item:
     At a layer boundary, it can be preempted and requeued.
 
     Attributes:
-        heads: in the order of the job's parts.
+        shared: the models that share the pass.
+        heads: in the order of their parts.
         predicted_s: predicted seconds through every layer.
         due: time by which it should be answered (perf_counter seconds); a client's earliest item is scheduled first.
         first_exit_s: predicted seconds to the first exit; set only if the job has a deadline.
@@ -49,6 +52,7 @@ class Item:
     """
 
     job: "Job"
+    shared: "SharedPass"
     index: int
     text: Text
     heads: list[Head]
@@ -72,7 +76,7 @@ class Item:
     @property
     def can_share(self) -> bool:
         """True if it may run in a group; a text that started in a group stays in one."""
-        return self.is_short and self.job.in_groups and (self.group_s <= MAX_STEP_S or self.is_grouped)
+        return self.is_short and self.shared.in_groups and (self.group_s <= MAX_STEP_S or self.is_grouped)
 
     def restart(self) -> None:
         """Reset a text whose group failed, so that it runs again from the start, alone."""
@@ -113,8 +117,25 @@ class Item:
 
 
 @dataclass(slots=True, eq=False)
+class SharedPass:
+    """The models of a job that have one encoder: each text passes through its layers once for all of them.
+
+    Attributes:
+        parts: their parts, in the order of the request.
+        deepest: the model with the most layers, by whose timing the texts are scheduled.
+        encoder: its encoder, on which the texts run.
+        in_groups: the texts may run in groups.
+    """
+
+    parts: list[Part]
+    deepest: Served
+    encoder: Encoder
+    in_groups: bool
+
+
+@dataclass(slots=True, eq=False)
 class Job:
-    """The texts of one request, and the models that answer it on one pass.
+    """The texts of one request, and the models that answer it.
 
     Every item is finished by exactly one engine thread. A job is dropped when its client disconnects, it times out or
     one of its items fails: its pending items then never run.
@@ -131,11 +152,10 @@ class Job:
         is_shadow: background job; it runs while nothing else is pending, and its answers are not returned.
         parts: each model's part.
         first: the first model's part, which is the answer in protocols that know only one model.
-        deepest: the model with the most layers, by whose timing the texts are scheduled.
-        encoder: its encoder, on which the texts run.
+        passes: one for each encoder of the models, or more if it has more than MAX_HEADS.
+        items: the texts, in the order of the request, once for each pass.
         client: client of the request.
         weight: number of its texts, each counted once for each model.
-        in_groups: its texts may run in groups.
         is_dropped: its result is no longer needed.
         deadline: time by which the last text must exit (perf_counter seconds); None: no deadline.
         is_admitted: its deadline was admitted, so it is scheduled before jobs without one.
@@ -154,11 +174,9 @@ class Job:
     parts: list[Part] = field(init=False)
     items: list[Item] = field(init=False)
     first: Part = field(init=False)
-    deepest: Served = field(init=False)
-    encoder: Encoder = field(init=False)
+    passes: list[SharedPass] = field(init=False)
     client: str = field(init=False)
     weight: int = field(init=False)
-    in_groups: bool = field(init=False)
     is_dropped: bool = False
     deadline: float | None = None
     is_admitted: bool = False
@@ -176,31 +194,48 @@ class Job:
             for one, choice, options in zip(served, plan.choices, plan.options, strict=True)
         ]
         self.first = self.parts[0]
-        self.deepest = deepest = served[0] if len(served) == 1 else max(served, key=_depth)
-        self.encoder = deepest.model.encoder
-        # A text with a deadline runs alone, so that it can exit after any layer. So does a text whose signal the
-        # kernels lack, because it is scored between the layers.
-        has_kernels = self.encoder.forward is not None and plan.has_codes
-        self.in_groups = has_kernels and plan.budget_s is None and not self.is_shadow
         # A text with a deadline must have an answer at any time. The OOD score and the OOD flag use the readings of all
         # exits.
         asks_all_exits = request.explain or request.ood or plan.budget_s is not None
         if plan.budget_s is not None:
             self.deadline = self.submitted + plan.budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
-        due, windows, self.items = self.submitted, plan.windows, []
-        for index, text in enumerate(request.texts):
-            chars = text.chars
-            predicted_s = deepest.timing.predict(chars, windows)
-            due += predicted_s
-            heads = [part.head(asks_all_exits or part.monitors_ood) for part in self.parts]
-            item = Item(self, index, text, heads, predicted_s, due)
-            item.is_short = chars <= 2 * PIECE
-            if self.in_groups:
-                item.group_s = deepest.group_s(tokens_of(chars))
-            if self.deadline is not None:
-                item.first_exit_s = max(one.timing.predict_first_exit(chars, windows) for one in served)
-            self.items.append(item)
+        self.passes, self.items = self._passes(), []
+        due, windows = self.submitted, plan.windows
+        for shared in self.passes:
+            deepest, in_groups = shared.deepest, shared.in_groups
+            for index, text in enumerate(request.texts):
+                chars = text.chars
+                predicted_s = deepest.timing.predict(chars, windows)
+                due += predicted_s
+                heads = [part.head(asks_all_exits or part.monitors_ood) for part in shared.parts]
+                item = Item(self, shared, index, text, heads, predicted_s, due)
+                item.is_short = chars <= 2 * PIECE
+                if in_groups:
+                    item.group_s = deepest.group_s(tokens_of(chars))
+                if self.deadline is not None:
+                    item.first_exit_s = max(
+                        part.served.timing.predict_first_exit(chars, windows) for part in shared.parts
+                    )
+                self.items.append(item)
         self._left = len(self.items)
+
+    def _passes(self) -> list[SharedPass]:
+        """The passes; the deepest models come first, as others may have their first layers."""
+        plan, passes = self.plan, list[SharedPass]()
+        for part in self.parts if len(self.parts) == 1 else sorted(self.parts, key=_depth, reverse=True):
+            fitting = (
+                one for one in passes if len(one.parts) < MAX_HEADS and one.deepest.model.can_run(part.model)
+            )
+            if (shared := next(fitting, None)) is not None:
+                shared.parts.append(part)
+                continue
+            encoder = part.model.encoder
+            # A text with a deadline runs alone, so that it can exit after any layer. So does a text whose signal the
+            # kernels lack, because it is scored between the layers.
+            has_kernels = encoder.forward is not None and plan.has_codes
+            in_groups = has_kernels and plan.budget_s is None and not self.is_shadow
+            passes.append(SharedPass([part], part.served, encoder, in_groups))
+        return passes
 
     @property
     def tokens(self) -> int:
@@ -231,6 +266,13 @@ class Job:
             self._left -= 1
             return self._left == 0
 
+    def rows(self, part: Part) -> list[tuple[Item, Head]]:
+        """The texts' items and heads for one model, in the order of the request."""
+        items = (
+            self.items if len(self.passes) == 1 else [one for one in self.items if part in one.shared.parts]
+        )
+        return list(zip(items, part.heads, strict=True))
+
     def release(self) -> None:
         """Release the items, which refer back to the job; otherwise only the garbage collector would free the texts."""
         self.items = []
@@ -246,10 +288,10 @@ def job_of(
     on_done: Callable[[Exception | None], None],
     sender: Sender = NOBODY,
 ) -> Job:
-    """Create the job of a request to models that have the same encoder.
+    """Create the job of a request.
 
     served: the models of `entries`, which are those of the request. level: load level. Raises RequestError if a model
-    cannot answer the request, or has another encoder.
+    cannot answer the request.
     """
     check_spans(request, served)
     for one in served:
@@ -258,5 +300,5 @@ def job_of(
     return Job(served, plan_of(served, request, entries, level, sender.tenant), request, on_done, sender)
 
 
-def _depth(served: Served) -> int:
-    return served.model.manifest.num_layers
+def _depth(part: Part) -> int:
+    return part.model.manifest.num_layers

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from de3.exits.kinds import Spans
 from de3.exits.windows import MAX_WINDOWS, most_windows
 from de3.model_store.manifest import Manifest
-from de3.model_store.model import Model
 from de3.runtime.choice import Choice
 from de3.runtime.engine.request import Entry, Request
 from de3.runtime.engine.served import Served
@@ -18,7 +17,7 @@ MAX_KEPT = 256  # plans of a model
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How models answer a request on one pass.
+    """How models answer a request.
 
     Attributes:
         options: the exit options of each model, in the order of the request. choices: their exit rules.
@@ -54,7 +53,7 @@ class Plan:
 def plan_of(
     served: Sequence[Served], request: Request, entries: Sequence[Entry], level: int, tenant: str
 ) -> Plan:
-    """The plan of a request; raises RequestError if a model cannot answer it, or has another encoder.
+    """The plan of a request; raises RequestError if a model cannot answer it.
 
     Plans of requests without options to one model are kept with the model: whatever clients send, they are few. A kept
     plan holds as long as the choice from which it follows is in force.
@@ -86,7 +85,6 @@ def _plan(
 ) -> Plan:
     if len(served) > 1:
         _check_upstreams([one.model.manifest for one in served], entries)
-        check_encoders([one.model for one in served], [entry.where for entry in entries])
     pairs = zip(served, entries, strict=True)
     choices = [_choice(one, request, entry, level, tenant) for one, entry in pairs]
     return Plan([entry.options for entry in entries], choices, *how_long(request, served), base)
@@ -109,23 +107,6 @@ def _check_upstreams(manifests: Sequence[Manifest], entries: Sequence[Entry]) ->
         if manifest.upstream is not None and where != entry.where:
             raise RequestError(
                 f"{entry.where}: {manifest.name}, which has an upstream, is already {where}", entry.where
-            )
-
-
-def check_encoders(models: Sequence[Model], where: Sequence[str] = ()) -> None:
-    """Raise RequestError if the models do not run on one encoder, that of the deepest.
-
-    where: each model's entry in the request, for the message.
-    """
-    deepest = max(models, key=lambda model: model.manifest.num_layers)
-    for number, model in enumerate(models):
-        if not deepest.can_run(model):
-            what = "has another encoder" if model.runtime == deepest.runtime else "has another runtime"
-            entry = where[number] if where else "models"
-            raise RequestError(
-                f"{entry}: {model.full_name} {what} than {deepest.full_name}, so they cannot share a pass: use each on "
-                "its own",
-                entry,
             )
 
 

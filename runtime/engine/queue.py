@@ -149,7 +149,7 @@ class WorkQueue:
             chars -= item.text.chars
             # In a group each text waits for all others, so a text much longer than the first does not join.
             fits = left >= 0 and chars >= 0 and item.group_s <= MAX_STRETCH * first.group_s
-            is_alike = item.layer == first.layer and item.job.encoder is first.job.encoder
+            is_alike = item.layer == first.layer and item.shared.encoder is first.shared.encoder
             if not (fits and is_alike and item.can_share):
                 break
             items.append(self._take(heap))
@@ -166,13 +166,13 @@ class WorkQueue:
                 item.job.is_dropped = True
             self._shadows.clear()
 
-    def charge(self, spent: Sequence[tuple[Job, float]]) -> None:
-        """Charge engine time, in seconds, to the clients of jobs; shadow jobs are not charged."""
+    def charge(self, spent: Sequence[tuple[Item, float]]) -> None:
+        """Charge engine time, in seconds, to the clients of items; shadow jobs are not charged."""
         with self._lock:
-            for job, seconds in spent:
-                if not job.is_shadow:
-                    self._charge(job, seconds)
-                    self._fair.note(job.client)
+            for item, seconds in spent:
+                if not item.job.is_shadow:
+                    self._charge(item, seconds)
+                    self._fair.note(item.job.client)
 
     def lead(self, job: Job) -> float:
         """Lead of a job's client over other clients in engine time, seconds.
@@ -199,7 +199,7 @@ class WorkQueue:
         with self._lock:
             own = None
             if not item.job.is_shadow:
-                own = self._charge(item.job, seconds)
+                own = self._charge(item, seconds)
             heap = self._first()
             if heap is None:
                 return False
@@ -254,10 +254,10 @@ class WorkQueue:
             self._stored -= 1
         return item.job.is_dropped
 
-    def _charge(self, job: Job, seconds: float) -> Client[Item]:
-        """Charge a job's client for a pass, once for each model that shares it."""
-        client = self._fair.client(job.client)
-        client.spent += seconds * len(job.parts)
+    def _charge(self, item: Item, seconds: float) -> Client[Item]:
+        """Charge an item's client for a pass, once for each model that shares it."""
+        client = self._fair.client(item.job.client)
+        client.spent += seconds * len(item.heads)
         return client
 
     def _take(self, heap: list[Entry]) -> Item:

@@ -131,7 +131,7 @@ class Request:
         spans: options for the spans of token classifiers; None: none are set.
         keeps_errors: the RequestError of a text, such as one that is too long, is recorded in the text's item, and the
             other texts are still answered; any other error fails the whole job. If false, every error does.
-        models: the models that all answer, on one pass, each with its options; empty: `model` answers, with `options`.
+        models: the models that all answer, each with its options; empty: `model` answers, with `options`.
     """
 
     input_name: ClassVar[str] = "input"

@@ -41,7 +41,8 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
     """Run a text, or its current window, through the layers until it exits; False where run() returns None."""
     job, forward = item.job, item.forward
     assert forward is not None
-    layer_s, run_layer = job.deepest.timing.layer_s(len(forward.tokens)), job.encoder.layer_by_layer
+    shared = item.shared
+    layer_s, run_layer = shared.deepest.timing.layer_s(len(forward.tokens)), shared.encoder.layer_by_layer
     while True:
         is_due = item.ends is not None and perf_counter() + layer_s > item.ends
         if is_due and all(head.has_answer for head in item.heads):
@@ -56,7 +57,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
         item.model_s += spent
         item.layer = forward.layer
         if forward.is_done or job.is_dropped:
-            queue.charge([(job, spent)])
+            queue.charge([(item, spent)])
             return forward.is_done
         if queue.has_more_urgent_than(item, spent):
             queue.requeue(item)
@@ -119,18 +120,18 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
     Raises RequestError if it has no tokens, if it is too long and must not be truncated, or if it is a pair that cannot
     be split into windows.
     """
-    job, text, plan = item.job, item.text, item.job.plan
+    job, text, plan, deepest = item.job, item.text, item.job.plan, item.shared.deepest
     if item.tokenization is None:
-        item.tokenization = job.deepest.model.tokenizer.start(
+        item.tokenization = deepest.model.tokenizer.start(
             text.text, text.text_pair, plan.truncate, plan.windows, plan.has_layouts
         )
     while True:
-        occupy(job.deepest.timing.piece_s)
+        occupy(deepest.timing.piece_s)
         started = perf_counter()
         try:
             tokens = item.tokenization.step()
         except ValueError as error:
-            queue.charge([(job, perf_counter() - started)])
+            queue.charge([(item, perf_counter() - started)])
             raise too_long_error(item, error) from None
         finally:
             spent = perf_counter() - started
@@ -142,10 +143,10 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
                 item.is_short = False  # too long for a group
                 item.start_windows(tokens)
             item.tokenization = None
-            queue.charge([(job, spent)])
+            queue.charge([(item, spent)])
             return True
         if job.is_dropped:
-            queue.charge([(job, spent)])
+            queue.charge([(item, spent)])
             return False
         if queue.has_more_urgent_than(item, spent):
             queue.requeue(item)

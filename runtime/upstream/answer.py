@@ -43,7 +43,7 @@ async def ask_upstreams(
         (item, head, head.outcome)
         for part in job.parts
         if part.model.manifest.upstream is not None
-        for item, head in zip(job.items, part.heads, strict=True)
+        for item, head in job.rows(part)
         if head.outcome is not None and needs_upstream(part, head.outcome)
     ]
 

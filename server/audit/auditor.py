@@ -311,13 +311,14 @@ class Auditor:
         """
         name = self._name(job)
         tenant = self._tenant(name)
+        rows = job.rows(part)
         is_void = draw is None or draw.epoch != tenant.epoch or not draw.share
-        share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
+        share, drawn = (0.0, [False] * len(rows)) if draw is None else (draw.share, draw.is_drawn)
         client = job.sender.tenant or network_hash(job.client)
         exits = len(self.served.model.manifest.exit_costs)
         entry: _Entry | None = None
         waits = self._ask is not None and part.choice.rule.tau > 0
-        for item, head, is_drawn in zip(job.items, part.heads, drawn, strict=True):
+        for (item, head), is_drawn in zip(rows, drawn, strict=True):
             needs_audit, outcome = is_drawn and part.choice.rule.tau > 0, head.outcome
             if outcome is None:  # the text failed, and the others of its request were answered
                 tenant.pending -= needs_audit

@@ -80,7 +80,7 @@ def serialize(request_id: str, job: Job) -> bytes:
 
 def _result(job: Job, part: Part) -> ModelResult:
     """The answer of one model."""
-    rows = [row_of(item, head) for item, head in zip(job.items, part.heads, strict=True)]
+    rows = [row_of(item, head) for item, head in job.rows(part)]
     result: ModelResult = {"model": part.model.full_name, "data": rows}
     # The certificate holds only for texts that fit into a single window.
     certificate = part.choice.certificate

@@ -117,9 +117,8 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         return await inference.run(service)
     finally:  # a failed request is also charged for the texts that ran
         if charge.limit is not None and inference.job is not None:
-            tokens = (item.num_tokens for item in inference.job.items)
-            units = sum(-(-count // TOKENS_PER_TEXT) for count in tokens)
-            charge.settle(units * len(inference.job.parts))
+            items = inference.job.items
+            charge.settle(sum(-(-item.num_tokens // TOKENS_PER_TEXT) * len(item.heads) for item in items))
 
 
 async def _parse_in_turn(
@@ -174,7 +173,7 @@ def _timing(job: Job, started: float, ended: float) -> tuple[bytes, bytes]:
     Times are in ms: tokenize and model are sums over the texts, queue and upstream the maximum.
     """
     queue = tokenize = model = upstream = 0.0
-    cut = list[str]()
+    cut = set[int]()
     for item in job.items:
         if (outcome := item.heads[0].outcome) is not None:
             queue = max(queue, outcome.queue_s)
@@ -182,14 +181,14 @@ def _timing(job: Job, started: float, ended: float) -> tuple[bytes, bytes]:
             model += outcome.model_s
             upstream = max(upstream, outcome.upstream_s)
             if outcome.truncated:
-                cut.append(str(item.index))
+                cut.add(item.index)
     waited = f"upstream;dur={1000 * upstream:.3f}, " if upstream else ""
     timing = (
         f"read;dur={1000 * (job.submitted - started):.3f}, queue;dur={1000 * queue:.3f}, "
         f"tokenize;dur={1000 * tokenize:.3f}, model;dur={1000 * model:.3f}, "
         f"{waited}total;dur={1000 * (ended - started):.3f}"
     )
-    return timing.encode(), ",".join(cut).encode()
+    return timing.encode(), ",".join(map(str, sorted(cut))).encode()
 
 
 async def _send(send: Send, request_id: str, body: bytes, more: list[Header]) -> None:

@@ -42,7 +42,7 @@ class RequestLog:
             job, outcomes = exchange.job, part.outcomes()
             waited = max((o.upstream_s for o in outcomes), default=0.0)
             fields |= {
-                "texts": len(job.items),
+                "texts": len(job.request.texts),
                 "tokens": sum(o.tokens for o in outcomes),
                 "tau": part.choice.rule.tau,
                 "exit_layers": [o.layer for o in outcomes],
@@ -52,7 +52,7 @@ class RequestLog:
                 **({"upstream_ms": round(1000 * waited, 3)} if waited else {}),
             }
             if self._with_texts and not job.request.is_private:
-                fields["input"] = [asdict(item.text) for item in job.items]
+                fields["input"] = [asdict(text) for text in job.request.texts]
         if self._style == "json":
             log.info("request", extra=fields)
         else:

@@ -6,14 +6,13 @@ sampled costs little. The standard OTEL_* variables configure the exporter and t
 
 import os
 from importlib.metadata import PackageNotFoundError, version
-from itertools import product
 from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
 
 from de3.extras import install
 from de3.runtime.background import report
-from de3.runtime.engine.head import Part
+from de3.runtime.engine.head import Head
 from de3.runtime.engine.job import Item
 from de3.server.http.exchange import Exchange
 
@@ -103,22 +102,23 @@ class Traces:
                 root.set_status(self._trace.StatusCode.ERROR)
             inside = self._trace.set_span_in_context(root)
             if exchange.job is not None:
-                root.set_attribute("de3.texts", len(exchange.job.items))
+                root.set_attribute("de3.texts", len(exchange.job.request.texts))
                 self._stage("read", inside, ns(exchange.started), ns(exchange.job.submitted))
-                for part, item in product(exchange.job.parts, exchange.job.items[:MAX_TEXTS]):
-                    self._text(item, part, inside, ns(exchange.job.submitted))
+                for part in exchange.job.parts:
+                    for item, head in exchange.job.rows(part)[:MAX_TEXTS]:
+                        self._text(item, head, inside, ns(exchange.job.submitted))
         root.end(ns(exchange.ended))
 
     def _stage(self, name: str, inside: "Context", start: int, end: int, layer: int | None = None) -> None:
         attributes = {} if layer is None else {"de3.exit.layer": layer}
         self._tracer.start_span(name, inside, attributes=attributes, start_time=start).end(end)
 
-    def _text(self, item: Item, part: Part, inside: "Context", submitted: int) -> None:
+    def _text(self, item: Item, head: Head, inside: "Context", submitted: int) -> None:
         """Make the span of a text, with a span for each of its stages.
 
         A preempted text was queued more than once, but has one queue span, the first, with the total time.
         """
-        o = part.heads[item.index].outcome
+        o, model = head.outcome, head.part.model
         if o is None:
             return
         tokenized = submitted + int(1e9 * o.queue_s)
@@ -129,10 +129,10 @@ class Traces:
             inside,
             attributes={
                 "de3.index": item.index,
-                "de3.model": part.model.full_name,
+                "de3.model": model.full_name,
                 "de3.tokens": o.tokens,
                 "de3.exit.layer": o.layer,
-                "de3.exit.num_layers": part.model.manifest.num_layers,
+                "de3.exit.num_layers": model.manifest.num_layers,
                 "de3.exit.reason": o.reason,
                 "de3.exit.tau": o.rule.tau,
                 "de3.exit.signal": o.rule.signal.name,
