@@ -203,11 +203,11 @@ def _run_shadow(shadow: Served, job: Job, part: Part, level: int, service: Servi
 
     try:
         check_texts(job.request, shadow)
-        choice = shadow.rules.choose(part.options, level)
-        choice = shadow.rules.with_flag(choice, part.options, job.request.flag)
+        choice = shadow.rules.choose(part.entry.options, level)
+        choice = shadow.rules.with_flag(choice, part.entry.options, part.entry.flag)
         choice = with_spans(choice, job.request, shadow.model.manifest)
         request = Request(job.request.texts, spans=job.request.spans)
-        plan = Plan([part.options], [replace(choice, budget_s=None)], job.plan.windows)
+        plan = Plan([part.entry], [replace(choice, budget_s=None)], job.plan.windows)
         second = Job([shadow], plan, request, compare, is_shadow=True)
         service.engine.submit(second)
     except RequestError:  # texts or options that the shadow does not support, or a full queue

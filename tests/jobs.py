@@ -10,7 +10,7 @@ from de3.exits.signals import Edr
 from de3.runtime.choice import Choice
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.plan import Plan
-from de3.runtime.engine.request import Request, Sender, Text
+from de3.runtime.engine.request import Entry, Request, Sender, Text
 from de3.runtime.fit import Job as FitJob
 from de3.runtime.options import ExitOptions
 
@@ -70,11 +70,8 @@ def job(
     request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort))
     choice = Choice(rule or ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
     parts = [one.first for one in others]
-    choices, options = (
-        [choice, *(one.choice for one in parts)],
-        [request.options, *(one.options for one in parts)],
-    )
-    plan = Plan(options, choices, windows, truncate)
+    entries = [Entry(None, request.options), *(one.entry for one in parts)]
+    plan = Plan(entries, [choice, *(one.choice for one in parts)], windows, truncate)
     more = {} if submitted is None else {"submitted": submitted}
     models = [served, *(one.served for one in parts)]
     return Job(models, plan, request, lambda _: None, Sender(client), is_shadow, **more)

@@ -39,11 +39,11 @@ from de3.runtime.choice import InForce, Standing
 from de3.runtime.engine import audit as audit_engine
 from de3.runtime.engine.audit import OVERDUE_SHARE, Audit, AuditThreads, run_audits
 from de3.runtime.engine.queue import WorkQueue
-from de3.runtime.engine.request import Sender
+from de3.runtime.engine.request import Entry, Sender
 from de3.runtime.errors import RequestError
 from de3.runtime.rules import Rules
 from de3.server.audit import auditor, ledgers
-from de3.server.audit.auditor import LEARN_TEXTS, MAX_HELD, NO_OPTIONS, ROOM, Auditor, Traffic
+from de3.server.audit.auditor import LEARN_TEXTS, MAX_HELD, ROOM, Auditor, Traffic
 from de3.server.audit.audits import Audits
 from de3.server.audit.coordinator import Coordinator
 from de3.server.audit.ledger import MIN_AUDITS, Ledger
@@ -827,7 +827,7 @@ class Answering:
             self.texts.add(items[-1].text)
         choice = SimpleNamespace(rule=ExitRule(tau, Entropy()))
         request, sender = SimpleNamespace(is_private=is_private), Sender(tenant=tenant)
-        part = SimpleNamespace(choice=choice, options=NO_OPTIONS, heads=heads)
+        part = SimpleNamespace(choice=choice, entry=Entry(None), heads=heads)
         fields = {"request": request, "sender": sender, "first": part}
         rows = list(zip(items, heads, strict=True))
         return SimpleNamespace(client="one", items=items, rows=lambda _: rows, **fields)

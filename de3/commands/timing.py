@@ -14,10 +14,10 @@ from de3.runtime.engine.job import Item, Job, Result
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.plan import Plan
 from de3.runtime.engine.queue import WorkQueue
-from de3.runtime.engine.request import Request, Text
+from de3.runtime.engine.request import Entry, Request, Text
 from de3.runtime.engine.run import run
 from de3.runtime.engine.served import Served
-from de3.runtime.options import NO_OPTIONS, ExitOptions
+from de3.runtime.options import ExitOptions
 from de3.training.evaluate import Times
 
 BLOCK = 25  # texts that run to one depth before any run to the next
@@ -32,7 +32,7 @@ class Engine:
 
     def classify(self, text: Text, choice: Choice) -> Outcome:
         """The outcome of one text, run as the engine's threads run it; raises its error if it fails."""
-        plan = Plan([NO_OPTIONS], [choice])
+        plan = Plan([Entry(None)], [choice])
         self._queue.put(Job([self._served], plan, Request([text]), lambda _: None))
         items, results = self._queue.next(), list[tuple[Item, Result]]()
         alone = items

@@ -14,9 +14,9 @@ from de3.model_store.segments import Array
 from de3.model_store.tokenizer import Windows
 from de3.runtime.choice import Choice
 from de3.runtime.engine.outcome import Outcome, Window
+from de3.runtime.engine.request import Entry
 from de3.runtime.engine.served import Served
 from de3.runtime.ood import OodMonitor
-from de3.runtime.options import ExitOptions
 
 
 class WindowProgress:
@@ -51,14 +51,14 @@ class Part:
 
     Attributes:
         choice: its exit rule.
-        options: the exit options that the client has set for it.
+        entry: the exit options and the flag that the client has set for it.
         monitor: its OOD monitor; None for shadow jobs.
         heads: a head for each text of the job, in the order of the request.
     """
 
     served: Served
     choice: Choice
-    options: ExitOptions
+    entry: Entry
     monitor: OodMonitor | None
     model: Model = field(init=False)
     heads: list["Head"] = field(default_factory=list)

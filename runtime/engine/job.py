@@ -190,8 +190,8 @@ class Job:
         request, plan, served = self.request, self.plan, self.served
         self.client, self.weight = self.sender.client, len(request.texts) * len(served)
         self.parts = [
-            Part(one, choice, options, None if self.is_shadow else one.monitor)
-            for one, choice, options in zip(served, plan.choices, plan.options, strict=True)
+            Part(one, choice, entry, None if self.is_shadow else one.monitor)
+            for one, choice, entry in zip(served, plan.choices, plan.entries, strict=True)
         ]
         self.first = self.parts[0]
         # A text with a deadline must have an answer at any time. The OOD score and the OOD flag use the readings of all

@@ -10,7 +10,7 @@ from de3.runtime.choice import Choice
 from de3.runtime.engine.request import Entry, Request
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
-from de3.runtime.options import NO_OPTIONS, ExitOptions, Long
+from de3.runtime.options import NO_OPTIONS, Long
 
 MAX_KEPT = 256  # plans of a model
 
@@ -20,7 +20,7 @@ class Plan:
     """How models answer a request.
 
     Attributes:
-        options: the exit options of each model, in the order of the request. choices: their exit rules.
+        entries: the exit options and the flag of each model, in the order of the request. choices: their exit rules.
         windows: maximum number of windows into which a long text is split.
         truncate: texts that are too long for their windows are truncated; if false, they raise RequestError.
         base: the first model's choice for requests without options, from which its choice follows.
@@ -29,7 +29,7 @@ class Plan:
         has_layouts: a token classifier needs the layout of the texts' tokens.
     """
 
-    options: Sequence[ExitOptions]
+    entries: Sequence[Entry]
     choices: Sequence[Choice]
     windows: int = 1
     truncate: bool = True
@@ -62,7 +62,7 @@ def plan_of(
     """
     first, base = served[0], served[0].rules.base(level, tenant)
     is_kept = len(served) == 1 and entries[0].options is NO_OPTIONS
-    is_kept = is_kept and request.flag is None and request.spans is None
+    is_kept = is_kept and entries[0].flag is None and request.spans is None
     key = type(request), request.long, tenant
     kept: Plan | None = first.plans.get(key) if is_kept else None
     if kept is not None and kept.base is base:
@@ -87,7 +87,7 @@ def _plan(
         _check_upstreams([one.model.manifest for one in served], entries)
     pairs = zip(served, entries, strict=True)
     choices = [_choice(one, request, entry, level, tenant) for one, entry in pairs]
-    return Plan([entry.options for entry in entries], choices, *how_long(request, served), base)
+    return Plan(entries, choices, *how_long(request, served), base)
 
 
 def _choice(served: Served, request: Request, entry: Entry, level: int, tenant: str) -> Choice:
@@ -95,7 +95,7 @@ def _choice(served: Served, request: Request, entry: Entry, level: int, tenant: 
         choice = served.rules.choose(entry.options, level, tenant)
     except RequestError as error:
         raise error.inside(entry.where) from None
-    choice = served.rules.with_flag(choice, entry.options, request.flag)
+    choice = served.rules.with_flag(choice, entry.options, entry.flag)
     return with_spans(choice, request, served.model.manifest)
 
 

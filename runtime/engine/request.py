@@ -85,11 +85,13 @@ class Entry(NamedTuple):
 
     Attributes:
         where: the entry in `models`, for error messages; empty without `models`.
+        flag: what its texts are flagged for; None: as the model's settings say.
     """
 
     model: str | None
-    options: ExitOptions
-    where: str
+    options: ExitOptions = NO_OPTIONS
+    where: str = ""
+    flag: Wanted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +162,10 @@ class Request:
     def entries(self) -> list[Entry]:
         """The models that are to answer."""
         if not self.models:
-            return [Entry(self.model, self.options, "")]
-        return [Entry(name, options, f"models[{i}]") for i, (name, options) in enumerate(self.models)]
+            return [Entry(self.model, self.options, "", self.flag)]
+        return [
+            Entry(name, options, f"models[{i}]", self.flag) for i, (name, options) in enumerate(self.models)
+        ]
 
     def fits(self, manifest: Manifest) -> bool:
         """True if the model can answer this kind of request; chooses the model if a request does not name one."""

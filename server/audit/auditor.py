@@ -281,7 +281,7 @@ class Auditor:
         full depth, so they would outnumber those that the τ of the others applies to.
         """
         flag = self.served.rules.limits.flag
-        if part.options != NO_OPTIONS or (flag is not None and part.choice.rule.flag != flag):
+        if part.entry.options != NO_OPTIONS or (flag is not None and part.choice.rule.flag != flag):
             return None
         tenant = self._tenant(self._name(job))
         share = self._share_of(tenant, part.choice.rule.tau)
