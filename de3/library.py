@@ -172,7 +172,7 @@ class _Loaded:
         self._all = [loaded[one.path] for one in artifacts]
         with _input_errors():
             request = _request_of(fields)
-            job_of(self._all, request, request.entries, 0, lambda _: None)
+            job_of(self._all, request, 0, lambda _: None)
         self._calls: Calls | Placeholders | None = None
         if upstreams:
             from de3.runtime.upstream import calls
@@ -308,7 +308,7 @@ class _Loaded:
                         break
                     done = _Done()
                     part = replace(request, texts=texts, indices=indices)
-                    job = job_of(self._all, part, part.entries, 0, done)
+                    job = job_of(self._all, part, 0, done)
                     self._engine.submit(job)
                     running.append((job, done))
                     if len(running) > 1:

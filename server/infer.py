@@ -50,12 +50,11 @@ class Inference:
         """
         if not service.is_open:
             service.check_open()
-        entries = self.request.entries
-        self.served = served = [_model_of(one, self.request, service) for one in entries]
+        self.served = served = [_model_of(one, self.request, service) for one in self.request.entries]
         _check_response(self.request, [one.model.manifest for one in served])
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
-        self.job = job = job_of(served, self.request, entries, level, self._settle, self.sender)
+        self.job = job = job_of(served, self.request, level, self._settle, self.sender)
         if not job.items:  # a guardrail may be sent only images
             return job
         if service.audits.is_on:

@@ -46,8 +46,8 @@ def test_a_kept_plan_is_the_one_that_would_be_resolved_now(
         else:
             of, asked, level, tenant = values
             request = of([Text("a")], **asked)
-            found = plan_of([keeps], request, request.entries, level, tenant)
-            assert found == plan_of([served()], request, request.entries, level, tenant)
+            found = plan_of([keeps], request, level, tenant)
+            assert found == plan_of([served()], request, level, tenant)
             # What a client chooses is not kept: it could be anything.
             assert request.options == ExitOptions() or found not in keeps.plans.values()
 
@@ -58,7 +58,7 @@ def test_kept_plans_are_few_and_one_tenants_audit_drops_no_others(store: Path) -
     served: Any = SimpleNamespace(rules=rules, model=SimpleNamespace(manifest=manifest), plans={})
 
     def plan_for(tenant: str) -> plan.Plan:
-        return plan_of([served], request, request.entries, 0, tenant)
+        return plan_of([served], request, 0, tenant)
 
     rules.apply(Standing(1, 0, {"one": InForce(1, 0.1, "evidence")}))
     first, other = plan_for("one"), plan_for("two")

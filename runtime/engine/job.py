@@ -12,7 +12,7 @@ from de3.model_store.tokenizer import PIECE, Tokenization, Windows
 from de3.runtime.engine.head import Head, Part
 from de3.runtime.engine.outcome import Outcome
 from de3.runtime.engine.plan import Plan, check_spans, check_texts, plan_of
-from de3.runtime.engine.request import NOBODY, Entry, Request, Sender, Text
+from de3.runtime.engine.request import NOBODY, Request, Sender, Text
 from de3.runtime.engine.served import MAX_STEP_S, Served
 from de3.runtime.engine.timing import tokens_of
 
@@ -283,21 +283,20 @@ class Job:
 def job_of(
     served: Sequence[Served],
     request: Request,
-    entries: Sequence[Entry],
     level: int,
     on_done: Callable[[Exception | None], None],
     sender: Sender = NOBODY,
 ) -> Job:
     """Create the job of a request.
 
-    served: the models of `entries`, which are those of the request. level: load level. Raises RequestError if a model
+    served: the models of the request's entries. level: load level. Raises RequestError if a model
     cannot answer the request.
     """
     check_spans(request, served)
     for one in served:
         request = request.for_model(one.model.manifest, one.rules.flag)
         check_texts(request, one)
-    return Job(served, plan_of(served, request, entries, level, sender.tenant), request, on_done, sender)
+    return Job(served, plan_of(served, request, level, sender.tenant), request, on_done, sender)
 
 
 def _depth(part: Part) -> int:

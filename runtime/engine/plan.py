@@ -50,17 +50,16 @@ class Plan:
         object.__setattr__(self, "has_layouts", has_layouts)
 
 
-def plan_of(
-    served: Sequence[Served], request: Request, entries: Sequence[Entry], level: int, tenant: str
-) -> Plan:
+def plan_of(served: Sequence[Served], request: Request, level: int, tenant: str) -> Plan:
     """The plan of a request; raises RequestError if a model cannot answer it.
 
     Plans of requests without options to one model are kept with the model: whatever clients send, they are few. A kept
     plan holds as long as the choice from which it follows is in force.
 
-    served: the models of `entries`. level: load level, which sets the default τ. tenant: see Rules.choose.
+    served: the models of the request's entries. request: as adapted to them, since for_model may set its flag. level:
+    load level, which sets the default τ. tenant: see Rules.choose.
     """
-    first, base = served[0], served[0].rules.base(level, tenant)
+    first, base, entries = served[0], served[0].rules.base(level, tenant), request.entries
     is_kept = len(served) == 1 and entries[0].options is NO_OPTIONS
     is_kept = is_kept and entries[0].flag is None and request.spans is None
     key = type(request), request.long, tenant
