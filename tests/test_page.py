@@ -200,6 +200,19 @@ def test_what_the_page_says_of_a_text(page: Page, server: Server) -> None:
     expect(page.locator("#summary")).to_contain_text(f"truncated after “…{text[end - 30 : end]}”.")
 
 
+def test_what_is_typed_while_the_page_loads_replaces_its_example(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/calibration", held.append)
+    with page.expect_request("**/calibration"):
+        page.reload()
+    page.focus("#text")
+    expect(page.locator("#text")).to_have_value("")
+    held[0].continue_()
+    expect(page.locator("#text")).not_to_have_value("")
+    page.keyboard.insert_text("Fine.")
+    expect(page.locator("#text")).to_have_value("Fine.")
+
+
 def test_what_the_page_says_of_a_guard(tab: Page) -> None:
     text = "a dull and boring mess , bad and awful"
     with serving(DEMO, flags=["negative@0.6"], tau=0.9) as server:

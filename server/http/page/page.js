@@ -756,7 +756,10 @@ async function use(model) {
     return element("li", {}, button);
   });
   $("examples").querySelector("ul").replaceChildren(...buttons);
-  if ($("text").value === "" && examples.length) $("text").value = examples[1];
+  if ($("text").value === "" && examples.length) {
+    $("text").value = examples[1];
+    if (document.activeElement === $("text")) $("text").select(); // what is typed next replaces it
+  }
   drawCurve(null);
   for (const radio of document.querySelectorAll("[name=choice]"))
     radio.parentNode.hidden = CHOICES[radio.value].calibrated && !state.table.length;
