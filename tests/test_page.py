@@ -200,11 +200,17 @@ def test_what_the_page_says_of_a_text(page: Page, server: Server) -> None:
     expect(page.locator("#summary")).to_contain_text(f"truncated after “…{text[end - 30 : end]}”.")
 
 
-def test_what_is_typed_while_the_page_loads_replaces_its_example(page: Page) -> None:
+def test_what_is_typed_while_the_page_loads_replaces_its_example(page: Page, server: Server) -> None:
     held: list[Route] = []
-    page.route("**/calibration", held.append)
-    with page.expect_request("**/calibration"):
-        page.reload()
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/calibration", hold)
+    page.goto("about:blank")  # a reload would restore the fields
+    page.goto(server.url + "/")
+    while not held:
+        page.wait_for_timeout(1)
     page.focus("#text")
     expect(page.locator("#text")).to_have_value("")
     held[0].continue_()
