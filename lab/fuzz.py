@@ -72,6 +72,8 @@ PATHS = (
         "/api/v1/text/contents",
         "/beta/litellm_basic_guardrail_api",
         "/v1/moderations",
+        "/v1/decisions",
+        "/v1/systemone",
         "/score",
     ),
 )

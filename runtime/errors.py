@@ -13,6 +13,7 @@ Cause = Literal[
     "wrong_method",
     "too_large",
     "too_long",
+    "unsupported_encoding",
     "slow_body",
     "loading",
     "queue_full",

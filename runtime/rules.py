@@ -40,7 +40,7 @@ def _key(signal: Signal) -> Key:
     return Key(signal.name, signal.lam)
 
 
-def _flag_of(manifest: Manifest, settings: RuntimeSettings) -> Wanted | None:
+def flag_setting(manifest: Manifest, settings: RuntimeSettings) -> Wanted | None:
     """The flag of a model: in the settings or, without one, of its calibration; None if it has none."""
     return _of_model(dict(parsed(one) for one in settings.flags), manifest) or certified_flag(manifest)
 
@@ -98,7 +98,7 @@ class Rules:
         self._manifest, self._exits = manifest, manifest.exit_layers
         self._traits = manifest.traits
         self._kind = manifest.kind
-        self.flag = _flag_of(manifest, settings)
+        self.flag = flag_setting(manifest, settings)
         self.limits = _limits_of(self.flag, manifest, settings)
         self.long = _of_model(dict(settings.long), manifest)
         self.observes = settings.observe

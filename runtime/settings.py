@@ -10,7 +10,7 @@ from typer import Option
 from de3.runtime.cores import available_cores
 from de3.runtime.flags import parsed
 from de3.runtime.options import EXCLUSIVE, MAX_BUDGET_MS, ExitOptions, Long
-from de3.runtime.upstream_settings import UpstreamModel
+from de3.runtime.upstream_settings import UpstreamOf
 
 limit_option = partial(Option, rich_help_panel="Limits")
 default_option = partial(Option, rich_help_panel="Default exit options")
@@ -179,7 +179,7 @@ class RuntimeSettings(BaseModel):
         bool,
         audit_option("--allow-plain-http", help="Allow upstreams without TLS on other machines."),
     ] = False
-    upstreams: list[UpstreamModel] = []
+    upstreams: list[UpstreamOf] = []
     max_queue: Annotated[
         int,
         Field(ge=1),
@@ -209,6 +209,10 @@ class RuntimeSettings(BaseModel):
             raise ValueError("long: a model has two settings; give one")
         if self.observe and given is None:
             raise ValueError("observe: needs guarantee or guarantee_missed, whose exits are observed")
+        if len({of.name for of in self.upstreams}) < len(self.upstreams):
+            raise ValueError(
+                "upstreams: two have the same name; rename one (a file of questions has questions)"
+            )
         for of in self.upstreams:
             if not of.upstream.is_encrypted and not self.allow_plain_http:
                 raise ValueError(

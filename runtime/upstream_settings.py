@@ -11,7 +11,7 @@ from functools import cached_property
 from ipaddress import ip_address
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 import orjson
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from de3.model_store.manifest import NAME
 from de3.model_store.part import MAX_LABEL, MAX_LABELS
+from de3.runtime.questions import MAX_OPTIONS, Form
 
 MAX_FILE_BYTES = 2**22
 RESERVED = (
@@ -27,6 +28,8 @@ RESERVED = (
     "input",
     "stream",
     "n",
+    "state",
+    "questions",
 )  # fields of the upstream's request that parameters cannot set
 PLACEHOLDER = re.compile(r"\{(labels|text|text_pair)\}")
 # Texts are normalized in pieces, which end at a space if there is one: the time grows with the square of the accents in
@@ -34,15 +37,20 @@ PLACEHOLDER = re.compile(r"\{(labels|text|text_pair)\}")
 PIECE = re.compile(r"(?s).{0,63}\s|.{1,64}")
 
 Price = Annotated[float, Field(ge=0)]
+File = TypeVar("File", bound=BaseModel)
 
 
 class Upstream(BaseModel):
     """The other service.
 
     Attributes:
-        kind: chat (OpenAI-compatible chat completions), or classify (the /classify of vLLM or of another DE3).
+        kind: chat (OpenAI-compatible chat completions), classify (the /classify of vLLM or of another DE3), or
+            decisions or systemone (a decision server's /v1/decisions or /v1/systemone).
         api_key_env: environment variable with the key; None: no key is sent.
-        prompt: user message of a chat; {labels}, {text} and, for pairs, {text_pair} are filled in.
+        prompt: user message of a chat; {labels}, {text} and, for pairs, {text_pair} are filled in. Of a decision
+            server, the question's instructions.
+        ask: how a decision server is asked: for a choice of the labels, or whether the second of two labels is true.
+        criteria: what labels mean, for a choice.
         parameters: further fields of each request, sent as they are.
         reply: how a chat's reply names a label: contains (as the only one, in words around it), or exact.
         price_per_million_tokens: price of input and of output tokens.
@@ -53,11 +61,13 @@ class Upstream(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    kind: Literal["chat", "classify"]
+    kind: Literal["chat", "classify", "decisions", "systemone"]
     url: str = Field(max_length=2000)
     model: str | None = Field(None, min_length=1, max_length=500)
     api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     prompt: str | None = Field(None, max_length=100_000)
+    ask: Literal["choice", "predicate"] = "choice"
+    criteria: dict[str, str] = {}
     parameters: dict[str, Any] = {}
     reply: Literal["contains", "exact"] = "contains"
     price_per_million_tokens: tuple[Price, Price] | None = None
@@ -73,8 +83,10 @@ class Upstream(BaseModel):
             raise ValueError("url: must be http:// or https://, with a host and without a user name or #")
         if self.kind == "chat":
             self._check_prompt()
-        elif self.prompt is not None:
-            raise ValueError("prompt: only chat has one")
+        elif self.prompt is not None and self.form is None:
+            raise ValueError("prompt: classify has none")
+        if self.form is None and (self.criteria or self.ask != "choice"):
+            raise ValueError("criteria, ask: only decisions and systemone have them")
         if wrong := [name for name in RESERVED if name in self.parameters]:
             raise ValueError(f"parameters: must not contain {wrong[0]}, which the server sets")
         try:
@@ -98,9 +110,14 @@ class Upstream(BaseModel):
             raise ValueError("prompt: must contain {text} once, and {text_pair} at most once")
 
     @property
+    def form(self) -> Form | None:
+        """The form in which a decision server is asked; None: it is none."""
+        return self.kind if self.kind in ("decisions", "systemone") else None
+
+    @property
     def takes_pairs(self) -> bool | None:
         """True if texts are pairs, False if they are not; None: it takes both."""
-        return None if self.prompt is None else "{text_pair}" in self.prompt
+        return "{text_pair}" in self.prompt if self.kind == "chat" and self.prompt is not None else None
 
     @property
     def is_encrypted(self) -> bool:
@@ -117,20 +134,47 @@ class Upstream(BaseModel):
         return key
 
 
-class UpstreamModel(BaseModel):
-    """A model with an upstream.
+class UpstreamOf(BaseModel):
+    """An upstream, and the name of what it answers for.
 
     Attributes:
-        encoder: folder or hub id of an encoder, or a model of the store, whose exits are then used.
-        labels: the labels that the upstream may give.
+        labels: the labels that it may give; empty: it answers questions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(pattern=f"^{NAME.pattern}$")
+    labels: list[str] = []
+    upstream: Upstream
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of everything that determines the upstream's answers; it identifies the upstream's model."""
+        one = self.upstream
+        where = one.url if one.model is None else None  # the same model elsewhere is the same
+        parts: tuple[Any, ...] = (
+            one.kind,
+            one.model,
+            where,
+            one.prompt,
+            one.parameters,
+            one.reply,
+            self.labels,
+        )
+        if one.form is not None:
+            parts += (one.ask, one.criteria)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class UpstreamModel(UpstreamOf):
+    """A model with an upstream.
+
+    Attributes:
+        encoder: folder or hub id of an encoder, or a model of the store, whose exits are then used.
+    """
+
     encoder: str = Field(min_length=1, max_length=1000)
     labels: list[Annotated[str, Field(max_length=MAX_LABEL)]] = Field(min_length=2, max_length=MAX_LABELS)
-    upstream: Upstream
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -145,15 +189,16 @@ class UpstreamModel(BaseModel):
                     "could mean either"
                 )
             known[words] = label
-        return self
-
-    @cached_property
-    def hash(self) -> str:
-        """Hash of everything that determines the upstream's answers; it identifies the upstream's model."""
         one = self.upstream
-        where = one.url if one.model is None else None  # the same model elsewhere is the same
-        parts = (one.kind, one.model, where, one.prompt, one.parameters, one.reply, self.labels)
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        if unknown := sorted(one.criteria.keys() - {*self.labels}):
+            raise ValueError(f"upstream.criteria: {unknown[0]!r} is not one of labels")
+        if one.ask == "predicate" and len(self.labels) != 2:
+            raise ValueError("upstream.ask: predicate needs two labels, of which the second one is true")
+        if one.form is not None and len(self.labels) > MAX_OPTIONS:
+            raise ValueError(
+                f"labels: {len(self.labels)}; a decision server is asked for at most {MAX_OPTIONS}"
+            )
+        return self
 
 
 def folded(text: str, max_chars: float = inf) -> tuple[str, ...]:
@@ -173,10 +218,15 @@ def _is_mark(char: str) -> bool:
 
 def read_upstream(path: Path) -> UpstreamModel:
     """The model in a .toml file; raises ValueError, which names the file and the field, and OSError."""
+    return checked_file(path, UpstreamModel)
+
+
+def checked_file(path: Path, kind: type[File]) -> File:
+    """The contents of a .toml file; raises ValueError, which names the file and the field, and OSError."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
-        return UpstreamModel.model_validate(tomllib.loads(path.read_bytes().decode()))
+        return kind.model_validate(tomllib.loads(path.read_bytes().decode()))
     except ValidationError as error:
         first = error.errors()[0]
         where, message = ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")

@@ -14,10 +14,13 @@ from de3.model_store.manifest import Manifest
 from de3.runtime.engine.head import Part
 from de3.runtime.engine.job import Job, job_of
 from de3.runtime.engine.plan import Plan, check_texts, with_spans
-from de3.runtime.engine.request import NOBODY, Entry, Request, Sender
+from de3.runtime.engine.request import NOBODY, Entry, Request, Sender, Text
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
 from de3.runtime.upstream.answer import ask_upstreams, needs_upstream
+from de3.runtime.upstream.client import Asked, Reply
+from de3.runtime.upstream.usage import Query
+from de3.server.questions import UPSTREAM
 from de3.server.service import Service
 
 # Maximum number of probabilities in a response: in TEI's format, 2 million take 2 s of the event loop and 0.8 GB.
@@ -50,11 +53,42 @@ class Inference:
         """
         if not service.is_open:
             service.check_open()
-        self.served = served = [_model_of(one, self.request, service) for one in self.request.entries]
-        _check_response(self.request, [one.model.manifest for one in served])
+        request = self.request = self.request.resolve(service.models.get)
+        if request.others is not None and service.questions.upstreams:
+            service.shared.upstreams.answered(UPSTREAM, request.weight - request.others, request.others)
+        if not request.others:
+            return await self._run(request, service)
+        asking = asyncio.create_task(self._ask_others(request, service))
+        asking.add_done_callback(_retrieved)
+        try:
+            job = await self._run(request, service)
+            await asking
+            return job
+        finally:
+            asking.cancel()
+
+    async def _ask_others(self, request: Request, service: Service) -> None:
+        """Have the decision server answer what no model does; raises RequestError if it does not, or not in time."""
+        sender, waiting, upstreams = self.sender, service.admission.waiting, service.shared.upstreams
+        ends = sender.expires_at or perf_counter() + service.settings.timeout_s
+
+        async def ask(asked: Asked) -> Reply:
+            query = Query(Text(""), "uncertain", sender.client, asked=asked)
+            return await upstreams.ask(UPSTREAM, query, max(0.0, ends - perf_counter()), False)
+
+        waiting.take(sender.client, 1)
+        try:
+            await request.ask_others(ask)
+        finally:
+            waiting.release(sender.client, 1)
+
+    async def _run(self, request: Request, service: Service) -> Job:
+        """Have the models answer; see run()."""
+        self.served = served = [_model_of(one, request, service) for one in request.entries]
+        _check_response(request, [one.model.manifest for one in served])
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
-        self.job = job = job_of(served, self.request, level, self._settle, self.sender)
+        self.job = job = job_of(served, request, level, self._settle, self.sender)
         if not job.items:  # a guardrail may be sent only images
             return job
         if service.audits.is_on:
@@ -110,6 +144,12 @@ class Inference:
         if self.job is not None:
             self.job.release()
             self.job = None
+
+
+def _retrieved(task: "asyncio.Task[None]") -> None:
+    """Note the error of a task, which is not reported if another one ends its request first."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _model_of(entry: Entry, request: Request, service: Service) -> Served:

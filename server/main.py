@@ -11,14 +11,18 @@ from tempfile import TemporaryDirectory
 
 import uvloop
 
+from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact, Store
+from de3.runtime.flags import Wanted
 from de3.runtime.processes import number_of_processes
+from de3.runtime.rules import flag_setting
 from de3.server import memory
 from de3.server.http.http_server import HttpServer, stop_signals, uvicorn_config
 from de3.server.http.traces import check_can_trace
 from de3.server.learn.learners import check_can_fit
-from de3.server.models import find
+from de3.server.models import aliases, find
 from de3.server.processes.supervisor import ServerError, Supervisor
+from de3.server.questions import read_questions
 from de3.server.service import EngineError, Service
 from de3.server.settings import Settings
 
@@ -71,6 +75,7 @@ def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
                 f"({settings.timeout_s:g})"
             )
     found = find(Store(settings.store, settings.state_dir), settings.models, artifacts)
+    _check_questions(settings, [artifact.manifest for artifact in found])
     processes = number_of_processes(settings, found)
     settings = settings.model_copy(update={"processes": processes})
     if settings.traces:
@@ -82,6 +87,21 @@ def serve(settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
                 folder = stack.enter_context(TemporaryDirectory(prefix="de3-learn-"))
                 settings = settings.model_copy(update={"state_dir": Path(folder)})
         _serve(settings, artifacts)
+
+
+def _check_questions(settings: Settings, manifests: Sequence[Manifest]) -> None:
+    """Raise ValueError for a file of questions that the served models cannot answer."""
+    if settings.questions is None:
+        return
+    known = dict[str, tuple[Manifest, Wanted | None]]()
+    for manifest in manifests:
+        for name in (manifest.name, *aliases(manifest)):
+            known.setdefault(name, (manifest, flag_setting(manifest, settings)))
+    known |= {alias: known[name] for alias, name in settings.targets.items() if name in known}
+    try:
+        read_questions(settings.questions).check(known)
+    except ValueError as error:
+        raise ValueError(f"questions: {error}") from None
 
 
 def _serve(settings: Settings, artifacts: Sequence[Artifact]) -> None:

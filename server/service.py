@@ -30,6 +30,7 @@ from de3.server.learn.journal import LearnFolder
 from de3.server.manager import Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
+from de3.server.questions import read_questions, rows_of
 from de3.server.settings import Settings
 from de3.server.shared import OneProcess, Shared
 
@@ -84,6 +85,7 @@ class Service:
             self.artifacts = learned if settings.learn else found
             for one in (one for one in learned if one not in self.artifacts):
                 log.warning("%s was learned before, and is not served without --learn", one.full_name)
+        self.questions = read_questions(settings.questions)
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         default = default_of(settings, self.artifacts, self._are_named)
@@ -242,7 +244,8 @@ class Service:
         """Fields of a served version in /v1/models; empty while the models load.
 
         They are its role, share (of a canary only), is_default, aliases, runtime and instructions, its flag and
-        max_missed (see Rules), and the models that can answer a request with it on one pass.
+        max_missed (see Rules), the questions that it answers without a file, and the models that can answer a request
+        with it on one pass.
         """
         if not self.is_open:
             return {}
@@ -251,6 +254,7 @@ class Service:
         model, flag = served.model, served.rules.flag
         runtime: dict[str, Any] = {"runtime": model.runtime, "instructions": model.instructions or None}
         runtime |= {"flag": None if flag is None else flag._asdict(), "max_missed": served.rules.max_missed}
+        runtime["questions"] = rows_of(manifest, flag)
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
         names = {
             "is_default": self.models.is_default(manifest.name),

@@ -26,7 +26,16 @@ ORDER = (
     *("models", "store", "host", "port", "guarantee", "guarantee_missed", "observe", "flags"),
     "long_texts",
     *("learn", "tau", "max_disagreement", "max_missed", "api_keys_file"),
-    *("state_dir", "default_model", "aliases", "runtime", "threads", "processes", "target_speedup"),
+    *(
+        "state_dir",
+        "default_model",
+        "aliases",
+        "questions",
+        "runtime",
+        "threads",
+        "processes",
+        "target_speedup",
+    ),
     *("latency_budget_ms", "ood_policy", "slo_p99_ms", "min_accuracy", "audit_share", "without_upstream"),
     *("allow_plain_http", "learn_bytes", "admin_keys_file", "rate_limit", "trusted_proxies", "cors_origins"),
     *("allowed_hosts", "max_queue", "max_texts", "max_body_bytes", "max_inflight_bytes", "keep_alive_s"),
@@ -91,6 +100,12 @@ class Settings(RuntimeSettings):
             "variable: separated by spaces).",
         ),
     ] = []
+    questions: Annotated[
+        Path | None,
+        engine_option(
+            help="A .toml file that binds questions to models, for POST /v1/decisions and /v1/systemone."
+        ),
+    ] = None
     slo_p99_ms: Annotated[
         float | None,
         Field(gt=0),

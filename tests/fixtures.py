@@ -438,3 +438,28 @@ def several(store: Path) -> Path:
 
 # For tests that compare ONNX Runtime's int8 layers with exact ones.
 exact_int8 = pytest.mark.skipif(int8_saturates(), reason="ONNX Runtime's int8 products saturate here")
+
+
+@pytest.fixture(scope="session")
+def kinds(store: Path) -> Path:
+    """A store with a model of each kind of answer, by its name."""
+    from de3.export.classifier import Stock, convert
+    from de3.model_store.store import Store
+    from tests.stock import token_classifier, with_random_exits
+
+    def make(folder: Path) -> None:
+        made = Store(folder)
+        shutil.copytree(store / "tiny-int8", folder / "tiny-int8")
+        manifest = folder / "tiny-int8/1/manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"labels": ["safe", "blame"]}))
+        for name, labels, problem in (
+            ("labels", 3, "multi_label_classification"),
+            ("value", 1, "regression"),
+        ):
+            source = save_encoder(folder / f".{name}", labels=labels)
+            config = json.loads((source / "config.json").read_text()) | {"problem_type": problem}
+            (source / "config.json").write_text(json.dumps(config))
+            convert(Stock.open("stock", source), made, name, "int8")
+        with_random_exits(token_classifier("bert"), made, "spans", "int8")
+
+    return made_once("kinds", make)

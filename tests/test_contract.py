@@ -4,7 +4,6 @@ What only one protocol does is in the file of its peers (test_clients.py, test_g
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,12 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from de3.export.classifier import Stock, convert
-from de3.model_store.store import Store
-from tests.fixtures import made_once, save_encoder
 from tests.protocols import ALL, CASES, Case
 from tests.serving import Server, serving, until
-from tests.stock import token_classifier, with_random_exits
 
 TEXTS = ["a good film", "dull and boring", "it is not bad", "the plot"]
 KEY = "alice-has-a-long-key"
@@ -31,28 +26,6 @@ GUARDS: dict[str, dict[str, Any]] = {
 }
 every_protocol = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_kind = pytest.mark.parametrize("kind", ALL)
-
-
-@pytest.fixture(scope="module")
-def kinds(store: Path) -> Path:
-    """A store with a model of each kind of answer, by its name."""
-
-    def make(folder: Path) -> None:
-        made = Store(folder)
-        shutil.copytree(store / "tiny-int8", folder / "tiny-int8")
-        manifest = folder / "tiny-int8/1/manifest.json"
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"labels": ["safe", "blame"]}))
-        for name, labels, problem in (
-            ("labels", 3, "multi_label_classification"),
-            ("value", 1, "regression"),
-        ):
-            source = save_encoder(folder / f".{name}", labels=labels)
-            config = json.loads((source / "config.json").read_text()) | {"problem_type": problem}
-            (source / "config.json").write_text(json.dumps(config))
-            convert(Stock.open("stock", source), made, name, "int8")
-        with_random_exits(token_classifier("bert"), made, "spans", "int8")
-
-    return made_once("kinds", make)
 
 
 Ask = Callable[..., httpx.Response]

@@ -54,6 +54,7 @@ def serve(
     from de3.runtime.upstream_settings import read_upstreams
     from de3.server import logs
     from de3.server.main import serve as run
+    from de3.server.questions import read_questions
 
     logs.configure(values["log_format"])
     given = {name: value for name, value in values.items() if value is not None}
@@ -67,7 +68,8 @@ def serve(
     for name in SECRETS:
         if (secret := os.environ.get(variable(name))) is not None:  # an empty one is not skipped but rejected
             given[name] = secret
-    settings = Settings(**given, upstreams=read_upstreams(names or []))
+    upstreams = [*read_upstreams(names or []), *read_questions(values["questions"]).upstreams]
+    settings = Settings(**given, upstreams=upstreams)
     for name, similar in unknown_variables(os.environ).items():
         if similar is not None:  # ignoring a misspelled key file setting would leave the server open
             raise ValueError(f"{name}: unknown setting; did you mean {similar}?")

@@ -1,8 +1,8 @@
 """A request, independent of its protocol: the texts to classify, and their options."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from de3.exits.spans import OUTSIDE, Aggregation, SpanRule
 from de3.model_store.manifest import Manifest
@@ -10,6 +10,9 @@ from de3.runtime.engine.outcome import Outcome
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import Wanted
 from de3.runtime.options import NO_OPTIONS, AskedLong, ExitOptions, Long
+
+if TYPE_CHECKING:
+    from de3.runtime.engine.served import Served
 
 MAX_NAMED = 40  # labels in a message
 
@@ -166,6 +169,29 @@ class Request:
         return [
             Entry(name, options, f"models[{i}]", self.flag) for i, (name, options) in enumerate(self.models)
         ]
+
+    @property
+    def weight(self) -> int:
+        """Number of texts for the rate limit, each counted once for each model."""
+        return len(self.texts) * len(self.entries)
+
+    def resolve(self, find: "Callable[[str | None], Served]") -> Self:
+        """The request with the models that answer it, if what it asks decides that; raises RequestError if none can.
+
+        find: returns the served model of this name or, without one, the default; raises RequestError.
+        """
+        return self
+
+    @property
+    def others(self) -> int | None:
+        """Number of its questions that no model answers, but a decision server; None: it has no questions."""
+        return None
+
+    async def ask_others(self, ask: Callable[[Any], Awaitable[Any]]) -> None:
+        """Have the decision server answer these questions, beside the models; raises RequestError.
+
+        ask: returns the server's reply to upstream.client.Asked; raises RequestError.
+        """
 
     def fits(self, manifest: Manifest) -> bool:
         """True if the model can answer this kind of request; chooses the model if a request does not name one."""

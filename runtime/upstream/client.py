@@ -4,7 +4,7 @@ import asyncio
 import math
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -17,8 +17,9 @@ import httpx
 import orjson
 
 from de3.runtime.engine.request import Text
+from de3.runtime.questions import Form, Option, Question, body_of, probabilities_in
 from de3.runtime.upstream.labels import Labels
-from de3.runtime.upstream_settings import PLACEHOLDER, UpstreamModel
+from de3.runtime.upstream_settings import PLACEHOLDER, UpstreamOf
 
 MAX_RESPONSE_BYTES = 2**18  # parsing takes at most a few milliseconds of the event loop
 # What is read at once is parsed without a break: 64 KiB, the default, in chunks of one byte take 60 ms. httpx has no
@@ -68,11 +69,20 @@ class Reply(NamedTuple):
         label: number of the label.
         probs: probability of each label; None: not known.
         is_extracted: the label was found among other words.
+        answers: of questions, the probabilities of each; None: it refuses to answer one.
     """
 
     label: int
     probs: list[float] | None = None
     is_extracted: bool = False
+    answers: list[list[float] | None] | None = None
+
+
+class Asked(NamedTuple):
+    """Questions, and the state that they are about: any JSON."""
+
+    state: Any
+    questions: Sequence[Question]
 
 
 @dataclass(slots=True)
@@ -86,8 +96,9 @@ class Usage:
 class Client:
     """Calls an upstream, without retries."""
 
-    def __init__(self, of: UpstreamModel, key: str | None) -> None:
-        self._of, self._names = of, Labels(of.labels)
+    def __init__(self, of: UpstreamOf, key: str | None) -> None:
+        self._of, self._names, self._form = of, Labels(of.labels), of.upstream.form
+        self._questions = [] if self._form is None else [_question(of)]
         headers = {
             "Content-Type": "application/json",
             "Accept": "application/json",
@@ -120,10 +131,15 @@ class Client:
         if self._client is not None:
             await self._client.aclose()
 
-    async def call(self, text: Text, timeout_s: float, used: Callable[[Usage], None]) -> Reply:
-        """Classify a text; raises CallError. used: called with the tokens of a call that the upstream
-        has answered, or may have read."""
-        content, body = orjson.dumps(self._body(text)), bytearray()
+    async def call(
+        self, text: Text, timeout_s: float, used: Callable[[Usage], None], asked: Asked | None = None
+    ) -> Reply:
+        """Classify a text, or have questions answered; raises CallError.
+
+        used: called with the tokens of a call that the upstream has answered, or may have read. asked: the questions,
+        and what they are about, instead of the text.
+        """
+        content, body = orjson.dumps(self._body(text, asked)), bytearray()
         try:
             async with asyncio.timeout(timeout_s):
                 status, headers = await self._post(content, body)
@@ -138,6 +154,8 @@ class Client:
             raise
         if status != 200:
             raise _status_error(status, headers, self._of.upstream.api_key_env)
+        if self._form is not None:
+            return self._read_answers(self._form, body, len(content), used, asked)
         return self._read(body, len(content), used)
 
     async def _post(self, content: bytes, body: bytearray) -> tuple[int, httpx.Headers]:
@@ -160,18 +178,42 @@ class Client:
                     )
             return 200, response.headers
 
-    def _body(self, text: Text) -> dict[str, Any]:
-        one = self._of.upstream
+    def _body(self, text: Text, asked: Asked | None) -> dict[str, Any]:
+        one, pair = self._of.upstream, text.text_pair
         name = {} if one.model is None else {"model": one.model}
+        given = text.text if pair is None else {"text": text.text, "text_pair": pair}
+        if self._form is not None:
+            state, questions = asked or Asked(given, self._questions)
+            return {**name, **body_of(self._form, state, questions), **one.parameters}
         if one.prompt is None:
-            pair = text.text_pair
-            given = text.text if pair is None else {"text": text.text, "text_pair": pair}
             return {**name, "input": given, **one.parameters}
         values = {"labels": ", ".join(self._of.labels), "text": text.text, "text_pair": text.text_pair or ""}
         message = PLACEHOLDER.sub(
             lambda found: values[found[1]], one.prompt
         )  # braces in a text stay as they are
         return {**name, "messages": [{"role": "user", "content": message}], **one.parameters}
+
+    def _read_answers(
+        self, form: Form, body: bytearray, sent: int, used: Callable[[Usage], None], asked: Asked | None
+    ) -> Reply:
+        try:
+            content = orjson.loads(body)
+            questions = self._questions if asked is None else asked.questions
+            answers = probabilities_in(form, content, questions)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            used(_usage(None, sent, len(body)))
+            raise CallError(
+                "invalid", "the response does not have the expected format", False, True
+            ) from None
+        used(_usage(content.get("usage"), sent, len(body)))
+        if asked is not None:
+            return Reply(0, answers=answers)
+        probs = answers[0]
+        if probs is None:
+            raise CallError("reply", "it refuses to answer", False, False)
+        if self._of.upstream.ask == "predicate":
+            probs = [1.0 - probs[0], probs[0]]
+        return Reply(probs.index(max(probs)), probs)
 
     def _read(self, body: bytearray, sent: int, used: Callable[[Usage], None]) -> Reply:
         try:
@@ -199,6 +241,14 @@ class Client:
         return Reply(number, probs, is_extracted)
 
 
+def _question(of: UpstreamOf) -> Question:
+    """The question that asks a decision server for a model's label."""
+    one = of.upstream
+    if one.ask == "predicate":
+        return Question("predicate", one.prompt)
+    return Question("choice", one.prompt, [Option(label, one.criteria.get(label)) for label in of.labels])
+
+
 def _probabilities(values: Any, label: int, count: int) -> list[float] | None:
     """The probabilities in an answer of /classify, if they are in the order of the labels; None if they are not."""
     if not isinstance(values, list) or len(values) != count:
@@ -216,8 +266,11 @@ def _usage(found: Any, sent: int, received: int) -> Usage:
     """The tokens that a response reports or, if it reports none, an estimate from the bytes sent and received."""
     usage = Usage(-(-sent // CHARS_PER_TOKEN), -(-received // CHARS_PER_TOKEN))
     if isinstance(found, dict):
-        for name, field in (("input", "prompt_tokens"), ("output", "completion_tokens")):
-            value = found.get(field)
+        for name, field, other in (
+            ("input", "prompt_tokens", "input_tokens"),
+            ("output", "completion_tokens", "output_tokens"),
+        ):
+            value = found.get(field, found.get(other))
             if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS:
                 setattr(usage, name, value)
     return usage

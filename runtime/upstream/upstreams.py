@@ -20,7 +20,7 @@ from de3.runtime.shares import Shares
 from de3.runtime.upstream.breaker import Breaker
 from de3.runtime.upstream.client import CallError, Client, Reply
 from de3.runtime.upstream.usage import Query, UpstreamUsage
-from de3.runtime.upstream_settings import UpstreamModel
+from de3.runtime.upstream_settings import UpstreamOf
 
 log = logging.getLogger("de3")
 ATTEMPTS = 3
@@ -38,7 +38,7 @@ class Caller:
         usage: its calls so far.
     """
 
-    def __init__(self, of: UpstreamModel, settings: RuntimeSettings) -> None:
+    def __init__(self, of: UpstreamOf, settings: RuntimeSettings) -> None:
         """Raises ValueError if the key is missing."""
         self.of, self._rate = of, settings.guarantee
         self._client, self._breaker = Client(of, of.upstream.key()), Breaker()
@@ -130,7 +130,9 @@ class Caller:
         call, is_outage, error, started = self._breaker.begin(query.client), None, None, perf_counter()
         self.usage.called(query.kind, query.client)
         try:
-            reply = await self._client.call(query.text, self.of.upstream.timeout_s, self.usage.used)
+            reply = await self._client.call(
+                query.text, self.of.upstream.timeout_s, self.usage.used, query.asked
+            )
             is_outage = False
         except CallError as failed:
             is_outage, error = failed.is_outage, failed
@@ -270,7 +272,10 @@ class Upstreams:
             one = caller.of.upstream
             parts = urlsplit(one.url)  # its query may have a secret
             where = f"{parts.scheme}://{parts.netloc}{parts.path}"
-            log.info("%s: texts that no exit is sure of go to %s (%s)", name, where, one.model or one.kind)
+            what = (
+                "texts that no exit is sure of" if caller.of.labels else "questions that no model is bound to"
+            )
+            log.info("%s: %s go to %s (%s)", name, what, where, one.model or one.kind)
         if self._by_name:
             keep_running("upstream", self._save_often)
 

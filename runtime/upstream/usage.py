@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from de3.model_store.regular_file import read_regular_file, write_private_file
 from de3.runtime.engine.request import Text
 from de3.runtime.networks import network_of
-from de3.runtime.upstream.client import Failure, Usage
-from de3.runtime.upstream_settings import UpstreamModel
+from de3.runtime.upstream.client import Asked, Failure, Usage
+from de3.runtime.upstream_settings import UpstreamOf
 
 log = logging.getLogger("de3")
 # Why a call was made: no τ was proved yet; no exit was sure; the audit of an answer of the model; the second call of an
@@ -44,19 +44,21 @@ class Query(NamedTuple):
     Attributes:
         client: fair-share key.
         is_audit: the answer is also an audit, of which a share is repeated.
+        asked: questions, which it answers instead; None: there are none.
     """
 
     text: Text
     kind: Kind
     client: str = ""
     is_audit: bool = False
+    asked: Asked | None = None
 
 
 class Totals(BaseModel):
     """Totals of a model's upstream, as they are saved.
 
     Attributes:
-        upstream: hash of the upstream; see UpstreamModel.hash.
+        upstream: hash of the upstream; see UpstreamOf.hash.
         calls, failures: by kind, and by reason.
         tokens: input and output tokens.
         cost: price of the calls, in the currency of the settings' prices.
@@ -94,7 +96,7 @@ class UpstreamUsage:
     """
 
     def __init__(
-        self, of: UpstreamModel, state_dir: Path | None, clock: Callable[[], float] = steady_time
+        self, of: UpstreamOf, state_dir: Path | None, clock: Callable[[], float] = steady_time
     ) -> None:
         """clock: seconds since 1970; must not jump."""
         self._of, self._clock = of.upstream, clock

@@ -38,6 +38,7 @@ from de3.server.http import (
 )
 from de3.server.http.access import OPEN
 from de3.server.http.classify import CLASSIFY
+from de3.server.http.decisions import DECISIONS, SYSTEMONE
 from de3.server.http.endpoint import answer, read_body
 from de3.server.http.exchange import HEADER, request_id
 from de3.server.http.frontend import Frontend, route_path
@@ -57,6 +58,8 @@ PROTOCOLS: dict[str, Protocol] = {
     "/api/v1/text/contents": detectors.CONTENTS,
     "/beta/litellm_basic_guardrail_api": guardrail.GUARDRAIL,
     "/v1/extract": gliner.EXTRACT,
+    "/v1/decisions": DECISIONS,
+    "/v1/systemone": SYSTEMONE,
     "/classify": CLASSIFY,
     "/v1/classify": CLASSIFY,
     "/v1/moderations": MODERATIONS,

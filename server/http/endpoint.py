@@ -14,7 +14,7 @@ from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request, Sender
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import LARGE_BODY_BYTES
-from de3.server.http import errors
+from de3.server.http import compression, errors
 from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT, Charge
 from de3.server.http.asgi import AsgiRequest
 from de3.server.http.exchange import HEADER, Exchange, request_id
@@ -98,10 +98,12 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     exchange.owner, client = frontend.sender(scope)
     settings = service.settings
     body = await read_body(scope, receive, settings.max_body_bytes)
+    if body[:1] in compression.FIRST:
+        body = compression.decompressed(body, settings.max_body_bytes)
     charge = Charge(frontend.access.limit, exchange.owner)
     if len(body) > BYTES_PER_TEXT:
         await charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
-    call = Call(body, route.path, scope["headers"], settings.max_texts)
+    call = Call(body, route.path, scope["headers"], settings.max_texts, service.questions)
     try:
         if len(body) <= LARGE_BODY_BYTES:
             request = protocol.parse(call)
@@ -110,7 +112,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     except RequestError:
         await charge.raise_to(1)
         raise
-    await charge.raise_to(max(1, len(request.texts) * len(request.entries)))
+    await charge.raise_to(max(1, request.weight))
     sender = Sender(client, exchange.owner, exchange.started + settings.timeout_s)
     exchange.inference = inference = Inference(request, sender)
     try:

@@ -18,6 +18,7 @@ _BY_STATUS: dict[int, tuple[str, tuple[Cause, ...]]] = {
     408: ("RequestTimeoutError", ("slow_body",)),
     409: ("ConflictError", ("conflict",)),
     413: ("RequestTooLargeError", ("too_large",)),
+    415: ("UnsupportedMediaTypeError", ("unsupported_encoding",)),
     422: ("UnprocessableEntityError", ("bad_request", "unknown_field", "too_long", "bad_artifact")),
     429: ("RateLimitError", ("rate_limited", "over_share")),
     499: ("Error", ("client_gone",)),  # never sent; used in metrics and logs

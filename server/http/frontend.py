@@ -152,7 +152,10 @@ class Frontend:
         Not for the requests that endpoint.py answers: endpoint.py counts those itself.
         """
         self.service.metrics.rejected.labels(error.cause).inc()
-        protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])
+        if (route := self.route(scope)) is not None:
+            protocol: Protocol | None = route.protocol
+        else:
+            protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])
         return errors.response(error, content=None if protocol is None else protocol.error(error))
 
     def malformed(self) -> None:

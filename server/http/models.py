@@ -1,7 +1,8 @@
 """Routes that report the served models, their calibrations, and their audit results."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,7 +38,8 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
         """The served models: labels, layers, role, defaults, and the calibrated accuracy of the defaults."""
         stored = await asyncio.to_thread(service.stored)
         rows = [model_row(m) | service.role(m) | stored.get(m.full_name, {}) for m in service.manifests()]
-        return {"object": "list", "data": rows}
+        named = [_named(row) for row in rows]
+        return {"object": "list", "data": rows, "models": named}
 
     @app.get(
         "/v1/models/{name}",
@@ -100,6 +102,13 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any], acce
     async def learn(name: str) -> dict[str, Any]:
         """The exits that the server learns from live traffic: records, fits, and the next step."""
         return {"object": "learn"} | await service.audits.learning(service.current(name))
+
+
+def _named(row: Mapping[str, Any]) -> dict[str, str]:
+    """A model as System One's clients list it."""
+    layers, labels = row["num_layers"], ", ".join(row["labels"])
+    released = datetime.fromtimestamp(row["created"], UTC).date().isoformat()
+    return {"name": row["id"], "description": f"{labels} ({layers} layers)", "release_date": released}
 
 
 def model_row(manifest: Manifest) -> dict[str, Any]:

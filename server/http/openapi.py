@@ -184,6 +184,10 @@ class ServedModel(BaseModel):
     flag: dict[str, Any] | None = Field(
         None, description="what it is to find (--flag): labels, threshold, is_below; absent while models load"
     )
+    questions: list[dict[str, Any]] = Field(
+        [],
+        description="questions of /v1/decisions and /v1/systemone that it answers without a file (--questions)",
+    )
     max_missed: float | None = Field(
         None,
         description="limit on the share of flagged texts that early exits miss in requests without options; null: none",

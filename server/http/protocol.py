@@ -8,6 +8,7 @@ from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Request
 from de3.runtime.errors import RequestError
 from de3.server.http import errors
+from de3.server.questions import Questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +19,14 @@ class Call:
         path: values of the path parameters.
         headers: names and values; names are in lower case.
         max_texts: maximum number of texts in a request.
+        questions: those that are bound to models.
     """
 
     body: bytes
     path: Mapping[str, str] = field(default_factory=dict)
     headers: Sequence[tuple[bytes, bytes]] = ()
     max_texts: int = 256
+    questions: Questions = field(default_factory=Questions)
 
 
 @dataclass(frozen=True, slots=True)
