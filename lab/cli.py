@@ -432,6 +432,34 @@ def guard_stream(
 
 
 @app.command()
+def decisions(
+    store: options.Store,
+    texts: options.Texts,
+    model: Annotated[list[str], typer.Option(help="Model of classes; repeat for each.")],
+    litellm: Annotated[
+        Path | None, typer.Option(help="The program litellm: measure its proxy's guardrail instead.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="predicate, or choice of all labels.")] = "predicate",
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each way, in turn.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 5.0,
+    port: options.Port = 8100,
+) -> None:
+    """Compare questions of /v1/decisions with /classify: one, and one for each model on one pass. Needs wrk.
+
+    Example: python -m lab decisions --store models --texts texts.txt --model intents --model toxicity
+    """
+    from lab import decisions as study
+
+    samples = [sample.text for sample in read(texts, "text")]
+    if litellm is None:
+        lines = study.table(study.measure(store, model, samples[:500], kind, rounds, seconds, port))
+    else:
+        lines = study.table_of_guardrail(study.guardrail(store, model, samples[:300], litellm, rounds, port))
+    for line in lines:
+        print(line)
+
+
+@app.command()
 def heads(
     store: options.Store,
     texts: options.Texts,

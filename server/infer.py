@@ -14,7 +14,7 @@ from de3.model_store.manifest import Manifest
 from de3.runtime.engine.head import Part
 from de3.runtime.engine.job import Job, job_of
 from de3.runtime.engine.plan import Plan, check_texts, with_spans
-from de3.runtime.engine.request import NOBODY, Entry, Request, Sender, Text
+from de3.runtime.engine.request import NOBODY, Request, Sender, Text
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
 from de3.runtime.upstream.answer import ask_upstreams, needs_upstream
@@ -53,7 +53,8 @@ class Inference:
         """
         if not service.is_open:
             service.check_open()
-        request = self.request = self.request.resolve(service.models.get)
+        request = self.request
+        self.served = request.served(service.models.get)
         if request.others is not None and service.questions.upstreams:
             service.shared.upstreams.answered(UPSTREAM, request.weight - request.others, request.others)
         if not request.others:
@@ -84,7 +85,7 @@ class Inference:
 
     async def _run(self, request: Request, service: Service) -> Job:
         """Have the models answer; see run()."""
-        self.served = served = [_model_of(one, request, service) for one in request.entries]
+        served = self.served
         _check_response(request, [one.model.manifest for one in served])
         level = service.admission.level
         self._done = asyncio.get_running_loop().create_future()
@@ -150,13 +151,6 @@ def _retrieved(task: "asyncio.Task[None]") -> None:
     """Note the error of a task, which is not reported if another one ends its request first."""
     if not task.cancelled():
         task.exception()
-
-
-def _model_of(entry: Entry, request: Request, service: Service) -> Served:
-    try:
-        return service.models.get(entry.model, request.fits, request.needs_a_set_default)
-    except RequestError as error:
-        raise error.inside(entry.where) from None
 
 
 def _check_response(request: Request, manifests: Sequence[Manifest]) -> None:

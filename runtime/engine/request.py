@@ -175,12 +175,18 @@ class Request:
         """Number of texts for the rate limit, each counted once for each model."""
         return len(self.texts) * len(self.entries)
 
-    def resolve(self, find: "Callable[[str | None], Served]") -> Self:
-        """The request with the models that answer it, if what it asks decides that; raises RequestError if none can.
+    def served(self, get: "Callable[..., Served]") -> "list[Served]":
+        """The models that answer, one for each entry; raises RequestError.
 
-        find: returns the served model of this name or, without one, the default; raises RequestError.
+        get: returns the model of a name (None: the default), given `fits` and `needs_a_set_default`.
         """
-        return self
+        found = []
+        for entry in self.entries:
+            try:
+                found.append(get(entry.model, self.fits, self.needs_a_set_default))
+            except RequestError as error:
+                raise error.inside(entry.where) from None
+        return found
 
     @property
     def others(self) -> int | None:

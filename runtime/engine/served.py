@@ -1,6 +1,7 @@
 """A loaded model, with everything that is needed to serve it."""
 
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from de3.model_store.model import Model
@@ -20,6 +21,7 @@ class Served:
 
     Attributes:
         is_fast: see FAST.
+        number: of no other loaded model in this process, also after it is unloaded.
         plans: how it answers requests without options (plan.plan_of), by their kind and tenant.
     """
 
@@ -28,6 +30,7 @@ class Served:
     rules: Rules
     monitor: OodMonitor
     plans: dict[Any, Any] = field(default_factory=dict, init=False, compare=False)
+    number: int = field(default_factory=count().__next__, init=False, compare=False)
     is_fast: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

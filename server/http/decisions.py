@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Self
 import orjson
 from pydantic import ConfigDict, Field
 
+from de3.model_store.manifest import Manifest
 from de3.runtime.engine.job import Job
 from de3.runtime.engine.request import Entry, Request, Text
 from de3.runtime.engine.served import Served
 from de3.runtime.errors import RequestError
 from de3.runtime.fields import LARGE_BODY_BYTES, check_fields, is_blank, known_fields, load_json
+from de3.runtime.flags import Wanted
 from de3.runtime.options import ExitOptions, Long, OptionFields
 from de3.runtime.questions import NOUL, Form, Option, Question, canonical
 from de3.runtime.upstream.client import Asked
@@ -43,8 +45,24 @@ PARTS = {
     "input_json": "data",
 }  # fields by type
 MAX_FORM, MAX_FORMS = 2**14, 256  # characters of a form that is kept; number of forms
+NONE = Questions()
 # A choice of τ by the client, which also holds for questions whose answers no exit promises.
 CLIENTS_CHOICE = ("tau", "target_speedup", "latency_budget_ms", "max_layer")
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """Which models answer the questions of a request, and the answers of others.
+
+    Attributes:
+        entries: the models. sources: for each question that one answers, by its index, the index of its entry, and how.
+        replies: the answers of the decision server to the other questions, by their indices: probabilities; None: it
+            refuses. Empty until it has answered.
+    """
+
+    entries: Sequence[Entry] = ()
+    sources: Mapping[int, tuple[int, Source]] = field(default_factory=dict)
+    replies: dict[int, list[float] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,25 +73,23 @@ class DecisionRequest(Request):
     fit into them.
 
     Attributes:
-        bound: the bindings of the questions; None: a question has none.
-        known: all bindings, for messages.
-        found: the models that answer; empty before resolve().
-        sources: for each question, by its index, the index of its model in `found`, and how that answers.
         state: what the questions are about: any JSON.
-        replies: the answers of the decision server to the other questions, by their indices: probabilities; None: it
-            refuses. Empty until it has answered.
+        bound: the bindings of the questions; None: a question has none. known: all bindings.
+        names: those of the models that may answer, and the first question of each; first, that which `model` names.
+        kept: the last models that answered, and the plan; shared by all requests that ask this.
+        plan: filled in by served() and ask_others().
     """
 
     usual_long: ClassVar[Long] = "windows"
 
     form: Form = "decisions"
+    state: Any = None
     questions: Sequence[Question] = ()
     bound: Sequence[Binding | None] = ()
-    known: Questions | None = None
-    found: Sequence[Entry] = ()
-    sources: Mapping[int, tuple[int, Source]] = field(default_factory=dict)
-    state: Any = None
-    replies: dict[int, list[float] | None] = field(default_factory=dict)
+    known: Questions = NONE
+    names: Mapping[str | None, str] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def weight(self) -> int:
@@ -83,73 +99,80 @@ class DecisionRequest(Request):
     @property
     def entries(self) -> list[Entry]:
         """The models that are to answer."""
-        return list(self.found)
+        return list(self.plan.entries)
 
-    def resolve(self, find: Callable[[str | None], Served]) -> Self:
-        """With the models that answer; raises RequestError if a question has none. find: see Request.resolve."""
-        named = None if self.model is None and all(self.bound) else find(self.model)
+    def served(self, get: Callable[..., Served]) -> list[Served]:
+        """The models that answer; raises RequestError if a question has none. get: see Request.served.
+
+        What clients ask is often the same for many texts, so the plan is kept as long as the models are the same.
+        """
+        found = []
+        for name, where in self.names.items():
+            try:
+                found.append(get(name))
+            except RequestError as error:
+                raise error.inside(where) from None
+        numbers = [one.number for one in found]  # the models themselves would stay in memory
+        if not self.kept or self.kept[0] != numbers:
+            self.kept[:] = numbers, *self._planned(dict(zip(self.names, found, strict=True)))
+        _, which, self.plan.entries, self.plan.sources = self.kept
+        return [found[k] for k in which]
+
+    def _planned(
+        self, found: Mapping[str | None, Served]
+    ) -> tuple[list[int], list[Entry], dict[int, tuple[int, Source]]]:
+        """For each entry, the index of its model in `names`; the entries; and the sources. found: models by name."""
         indices, sources = dict[Any, int](), dict[int, tuple[int, Source]]()
-        entries = list[Entry]()
+        entries, which, numbers = list[Entry](), list[int](), {name: i for i, name in enumerate(found)}
         for number, (question, binding) in enumerate(zip(self.questions, self.bound, strict=True)):
-            served, source = self._source_of(question, binding, named, find)
+            name = self.model if binding is None else binding.model
+            manifest, flag = found[name].model.manifest, found[name].rules.flag
+            if binding is not None:
+                source: Source | None = source_of(question, binding, manifest, flag)
+            else:
+                source = fitting(question, manifest, flag)
             if source is None:
+                self._check_others(question, manifest)
                 continue
-            options, name = self._options_for(source), served.model.full_name
-            key = name, options, source.wanted and str(source.wanted)
+            options = self._options_for(source)
+            key = manifest.full_name, options, source.wanted and str(source.wanted)
             if (index := indices.setdefault(key, len(entries))) == len(entries):
-                entries.append(Entry(name, options, question.where, source.wanted))
+                entries.append(Entry(manifest.full_name, options, question.where, source.wanted))
+                which.append(numbers[name])
             sources[number] = index, source
-        if len(entries) > MAX_ENTRIES:
-            problem = (
-                f"need {len(entries)} models, or flags of one; at most {MAX_ENTRIES} are allowed in a request"
-            )
-            raise RequestError(f"questions: {problem}", "questions")
-        texts = self.texts if entries else []
-        if named is not None and not entries:
-            entries = [Entry(named.model.full_name)]
-        return replace(self, texts=texts, found=entries, sources=sources, replies={})
+        problem = (
+            f"need {len(entries)} models, or flags of one; at most {MAX_ENTRIES} are allowed in a request"
+        )
+        _check(len(entries) <= MAX_ENTRIES, "questions", problem)
+        return (which, entries, sources) if entries else ([0], [Entry(None)], sources)
+
+    def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
+        """The same request, without the text if no model answers a question."""
+        return self if self.plan.sources else replace(self, texts=[])
+
+    def _check_others(self, question: Question, manifest: Manifest) -> None:
+        """Raise RequestError if a question that no model answers cannot be asked of a decision server."""
+        _check(
+            self.known.upstreams,
+            question.where,
+            f"no model is bound to it, and it does not fit {manifest.name} (see questions in GET /v1/models); bound "
+            f"are: {self.known.shown()}; the server's operator can bind it with --questions",
+        )
+        keys = {one.key for one in question.options}
+        _check(
+            len(keys) == len(question.options), question.where, "has a boolean and a text of the same name"
+        )
 
     @property
     def others(self) -> int:
         """Number of the questions that no model answers."""
-        return len(self.questions) - len(self.sources)
+        return len(self.questions) - len(self.plan.sources)
 
     async def ask_others(self, ask: Callable[[Any], Awaitable[Any]]) -> None:
         """Have the decision server answer the other questions; raises RequestError."""
-        left = [i for i in range(len(self.questions)) if i not in self.sources]
+        left = [i for i in range(len(self.questions)) if i not in self.plan.sources]
         reply = await ask(Asked(self.state, [self.questions[i] for i in left]))
-        self.replies.update(zip(left, reply.answers, strict=True))
-
-    def _source_of(
-        self,
-        question: Question,
-        binding: Binding | None,
-        named: Served | None,
-        find: Callable[[str | None], Served],
-    ) -> tuple[Served, Source | None]:
-        """The model that answers a question, and how; None: the decision server does. Raises RequestError."""
-        if binding is not None:
-            try:
-                served = find(binding.model)
-            except RequestError as error:
-                raise error.inside(question.where) from None
-            return served, source_of(question, binding, served.model.manifest, served.rules.flag)
-        assert named is not None and self.known is not None
-        source = fitting(question, named.model.manifest, named.rules.flag)
-        if source is None:
-            _check(
-                self.known.upstreams,
-                question.where,
-                f"no model is bound to it, and it does not fit {named.model.manifest.name} (see questions in GET "
-                f"/v1/models); bound are: {self.known.shown()}; the server's operator can bind it with --questions",
-            )
-            keys = {one.key for one in question.options}
-            _check(
-                len(keys) == len(question.options),
-                question.where,
-                "has a boolean and a text of the same name",
-            )
-        return named, source
+        self.plan.replies.update(zip(left, reply.answers, strict=True))
 
     def _options_for(self, source: Source) -> ExitOptions:
         """The exit options for a question: full depth if no promise of exits holds for it, unless the client asks."""
@@ -208,7 +231,7 @@ def _parse(call: Call, usual: Form) -> DecisionRequest:
     state = value[field]
     text = read(state, field)
     _check(not is_blank(text), field, "must not be empty, or only white space or invisible characters")
-    return replace(request, texts=[Text(text)], state=state if form == "systemone" else text)
+    return replace(request, texts=[Text(text)], state=state if form == "systemone" else text, plan=Plan())
 
 
 def _request(form: Form, value: Any, example: str, known: Questions) -> DecisionRequest:
@@ -218,17 +241,24 @@ def _request(form: Form, value: Any, example: str, known: Questions) -> Decision
         fields = check_fields(DecisionFields, value, example)
         questions = _decisions(fields.questions)
     else:
-        names = known_fields(SystemOneFields)
-        some = {name: value[name] for name in names if name in value} if isinstance(value, dict) else value
+        known_names = known_fields(SystemOneFields)
+        some = (
+            {name: value[name] for name in known_names if name in value} if isinstance(value, dict) else value
+        )
         fields = check_fields(SystemOneFields, some, example)
         questions = _systemone(fields.questions)
     bound = [known.of(question) for question in questions]
+    names: dict[str | None, str] = {} if fields.model is None and all(bound) else {fields.model: ""}
+    for question, binding in zip(questions, bound, strict=True):
+        if binding is not None:
+            names.setdefault(binding.model, question.where)
     return DecisionRequest(
         *([], fields.options, fields.model, fields.long),
         form=form,
         questions=questions,
         bound=bound,
         known=known,
+        names=names,
     )
 
 
@@ -393,14 +423,14 @@ def serialize(_: str, job: Job) -> bytes:
 def _answer(job: Job, request: DecisionRequest, number: int) -> dict[str, Any]:
     """The answer to one question."""
     question = request.questions[number]
-    if number in request.replies:
-        if (probs := request.replies[number]) is None:
+    if number in request.plan.replies:
+        if (probs := request.plan.replies[number]) is None:
             return {"type": "refusal"} | ({"name": question.name} if request.form == "decisions" else {})
         return answer_row(request.form, question, probs) | {
             "x_exit": {"reason": "upstream"},
             "x_truncated": False,
         }
-    index, source = request.sources[number]
+    index, source = request.plan.sources[number]
     part = job.parts[index]
     (outcome,) = part.outcomes()
     row = answer_row(request.form, question, source.probabilities(outcome.reading))
