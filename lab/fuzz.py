@@ -202,6 +202,8 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
     if status >= 400 and not request.startswith(b"HEAD "):
         try:
             answer = json.loads(body)
+            if (detail := answer.get("detail")) is not None:  # System One's
+                answer = {"error": detail[0]["msg"] if isinstance(detail, list) else detail["message"]}
             is_of_detectors = answer.keys() == {"code", "message"} and answer["code"] == status
             error = answer["message" if is_of_detectors else "error"]
             if isinstance(error, str) and error:  # the error shape of other protocols

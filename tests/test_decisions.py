@@ -13,10 +13,14 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3.runtime.engine.request import Text
 from de3.runtime.errors import RequestError
 from de3.runtime.questions import Option, Question, body_of, probabilities_in
+from de3.runtime.upstream.client import Asked, Reply
+from de3.runtime.upstream.usage import Query
 from de3.server.http.decisions import answer_row
 from de3.server.main import _check_questions
+from de3.server.processes.messages import decode, encode
 from de3.server.questions import Source, _between, read_questions, source_of
 from de3.server.settings import Settings
 from tests.serving import Server, serving
@@ -575,6 +579,38 @@ def test_what_no_model_is_bound_to_is_asked_of_a_decision_server(
         assert failed.status_code == 502 and "questions: its upstream" in failed.json()["error"]["message"]
         assert answers(server, [PREDICATE])
         assert ask(server, [FUNNY], model="other").status_code == 404
+
+
+def test_what_processes_tell_each_other_about_questions_is_whole() -> None:
+    questions = [
+        Question("score", {"a": [1]}, [Option("a", ["b"]), Option({"c": 1})], None, "questions[0]", "x")
+    ]
+    query = Query(Text("a"), "uncertain", "client", asked=Asked({"b": None}, questions))
+    assert decode(Query, json.loads(encode(query))) == query
+    reply = Reply(0, answers=[[0.5, 0.5], None])
+    assert decode(Reply, json.loads(encode(reply))) == reply
+
+
+def test_a_model_that_is_unloaded_answers_no_more_questions_and_again_once_it_is_loaded(
+    kinds: Path, file: Path
+) -> None:
+    root = "root-has-a-long-key"
+    options: dict[str, Any] = {"questions": file, "flags": [FLAG], "admin_keys": f"root {root}"}
+    with serving(kinds, default_model="tiny-int8", **options) as server:
+
+        def change(what: str) -> None:
+            headers = {"authorization": f"Bearer {root}"}
+            answer = httpx.post(f"{server.url}/v1/models/labels/{what}", json={}, headers=headers, timeout=60)
+            assert answer.status_code == 200, answer.text
+
+        before = answers(server, [ANY, PREDICATE])
+        change("unload")
+        gone = ask(server, [PREDICATE, ANY])
+        assert gone.status_code == 404
+        assert gone.json()["error"]["message"].startswith("questions[1].model: no model 'labels' is served")
+        assert answers(server, [PREDICATE]) == before[1:]
+        change("load")
+        assert answers(server, [ANY, PREDICATE]) == before
 
 
 def test_a_choice_of_a_text_and_a_boolean_of_one_name_is_not_sent_to_a_map(
