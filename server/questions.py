@@ -17,7 +17,7 @@ from de3.exits.reading import ClassReading, LabelsReading, Reading, ValueReading
 from de3.model_store.manifest import Manifest
 from de3.runtime.errors import RequestError
 from de3.runtime.flags import DEFAULT_THRESHOLD, Wanted, flag_of
-from de3.runtime.questions import Kind, Option, Question
+from de3.runtime.questions import MAX_OPTIONS, Kind, Option, Question
 from de3.runtime.upstream_settings import Upstream, UpstreamOf, checked_file
 
 log = logging.getLogger("de3")
@@ -61,7 +61,7 @@ class Binding(BaseModel):
     name: str | None = Field(None, min_length=1, max_length=MAX_NAME)
     instructions: Any = None
     criteria: dict[str, Any] = Field({}, max_length=2)
-    choices: list[str | bool | BoundOption] = Field([], max_length=255)
+    choices: list[str | bool | BoundOption] = Field([], max_length=MAX_OPTIONS)
     levels: list[str | BoundOption] = Field([], max_length=10)
     labels: list[str] | None = Field(None, min_length=1)
     threshold: Annotated[float, Field(gt=0, lt=1)] = CLIENTS_THRESHOLD
@@ -286,12 +286,32 @@ def source_of(question: Question, binding: Binding, manifest: Manifest, own: Wan
 def fitting(question: Question, manifest: Manifest, own: Wanted | None) -> Source | None:
     """How a model answers a question that no file binds, by its labels; None if it does not fit. See rows_of."""
     if question.kind == "predicate":
-        for row in rows_of(manifest, own):
-            if row["type"] == "predicate" and row["name"] in (question.name, question.instructions):
-                return _predicate(question, row["labels"], row["threshold"], manifest, own)
-    if question.kind == "choice" and not manifest.is_spans:
+        wanted = _named(question.name, manifest, own) or _named(question.instructions, manifest, own)
+        if wanted is not None:
+            (least,) = {*flag_of(wanted, manifest, manifest.kind).thresholds}
+            return _predicate(question, wanted.labels, least, manifest, own)
+    if question.kind == "choice":
         return _labels(question, [one.key for one in question.options], manifest, own)
     return None
+
+
+def _named(name: Any, manifest: Manifest, own: Wanted | None) -> Wanted | None:
+    """The flag that a predicate of this name asks about: the model's or, without one, a label; None: there is none.
+
+    A label is one of two, or one of a multi-label model.
+    """
+    kind = manifest.kind
+    if own is not None:
+        if not isinstance(kind, Classes | Labels) or name != ",".join(own.labels):
+            return None
+        is_one = len({*flag_of(own, manifest, kind).thresholds}) == 1  # clients compare with one number
+        return own if is_one else None
+    is_alone = isinstance(kind, Labels) or (isinstance(kind, Classes) and len(manifest.labels) == 2)
+    return (
+        Wanted([name])
+        if is_alone and len(manifest.labels) <= MAX_OPTIONS and name in manifest.labels
+        else None
+    )
 
 
 def rows_of(manifest: Manifest, own: Wanted | None) -> list[dict[str, Any]]:
@@ -301,18 +321,14 @@ def rows_of(manifest: Manifest, own: Wanted | None) -> list[dict[str, Any]]:
     model. A predicate is asked by its name or, in /v1/systemone, by instructions that are its name.
     """
     kind, names = manifest.kind, manifest.labels
-    flags = list[Wanted]()
-    if own is not None and isinstance(kind, Classes | Labels):
-        flags = [own]
-    elif isinstance(kind, Labels) or (isinstance(kind, Classes) and len(names) == 2):
-        flags = [Wanted([name]) for name in names]
     rows = list[dict[str, Any]]()
-    for wanted in flags:
-        least = {*flag_of(wanted, manifest, kind).thresholds}
-        if len(least) == 1:  # a client compares with one number
-            row = {"type": "predicate", "name": ",".join(wanted.labels), "labels": list(wanted.labels)}
-            rows.append(row | {"threshold": least.pop()})
-    if isinstance(kind, Classes) and 2 <= len(names) <= 255:
+    for name in names[: MAX_OPTIONS + 1] if own is None else [",".join(own.labels)]:
+        if (wanted := _named(name, manifest, own)) is not None:
+            (least,) = {*flag_of(wanted, manifest, kind).thresholds}
+            rows.append(
+                {"type": "predicate", "name": name, "labels": list(wanted.labels), "threshold": least}
+            )
+    if isinstance(kind, Classes) and 2 <= len(names) <= MAX_OPTIONS:
         rows.append({"type": "choice", "choices": names})
     return rows
 
@@ -352,10 +368,11 @@ def _labels(
     The exits of a model with a flag are for that flag, which says what the most probable label is only if there are
     two.
     """
-    if not isinstance(manifest.kind, Classes) or sorted(names) != sorted(manifest.labels):
+    numbers = {name: k for k, name in enumerate(manifest.labels)}
+    if not isinstance(manifest.kind, Classes) or len(names) != len(numbers) or numbers.keys() != {*names}:
         return None
     is_half = own is None or (len(names) == 2 and own.threshold in (None, DEFAULT_THRESHOLD))
-    return Source([manifest.labels.index(name) for name in names], keeps=is_half)
+    return Source([numbers[name] for name in names], keeps=is_half)
 
 
 def _points(question: Question, binding: Binding) -> Source:

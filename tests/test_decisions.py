@@ -272,6 +272,7 @@ BROKEN: list[tuple[dict[str, Any], int, str]] = [
     ({"input": [{"content": [{"type": "input_json", "data": "a"}]}]}, 422, "input[0].content[0].data: must"),
     ({"temperature": 0}, 422, "temperature: unknown field"),
     ({"tau": 2}, 422, "tau: "),
+    ({"thresholds": 0.9}, 422, "thresholds: is that of the model"),
     ({"model": "other"}, 404, "model: no model 'other' is served"),
     ({"model": "spans", "questions": [{"type": "predicate", "name": "X"}]}, 422, "questions[0]: no model"),
 ]

@@ -20,7 +20,7 @@ from de3.runtime.errors import RequestError
 from de3.runtime.fields import LARGE_BODY_BYTES, check_fields, is_blank, known_fields, load_json
 from de3.runtime.flags import Wanted
 from de3.runtime.options import ExitOptions, Long, OptionFields
-from de3.runtime.questions import NOUL, Form, Option, Question, canonical
+from de3.runtime.questions import MAX_OPTIONS, NOUL, Form, Option, Question, canonical
 from de3.runtime.upstream.client import Asked
 from de3.server.http.errors import STATUSES, TYPES
 from de3.server.http.protocol import Call, Protocol
@@ -35,7 +35,7 @@ SYSTEMONE_EXAMPLE = (
     '{"negative": "blame", "positive": "praise"}}}}'
 )
 MAX_QUESTIONS, MAX_ENTRIES = 400, 64  # entries: models, each counted once for each of its flags and options
-MOST = {"choice": 255, "score": 10}  # options; at least 2
+MOST = {"choice": MAX_OPTIONS, "score": 10}  # options; at least 2
 # Fields of options in OpenAI's form, of their values, and allowed values.
 CHOICES, LEVELS = ("choices", "value", "a text or a boolean"), ("levels", "label", "a text")
 PARTS = {
@@ -51,7 +51,7 @@ CLIENTS_CHOICE = ("tau", "target_speedup", "latency_budget_ms", "max_layer")
 
 
 @dataclass(slots=True, eq=False)
-class Plan:
+class Resolved:
     """Which models answer the questions of a request, and the answers of others.
 
     Attributes:
@@ -76,8 +76,8 @@ class DecisionRequest(Request):
         state: what the questions are about: any JSON.
         bound: the bindings of the questions; None: a question has none. known: all bindings.
         names: those of the models that may answer, and the first question of each; first, that which `model` names.
-        kept: the last models that answered, and the plan; shared by all requests that ask this.
-        plan: filled in by served() and ask_others().
+        kept: the last models that answered, and what was resolved for them; shared by all requests that ask this.
+        resolved: filled in by served() and ask_others().
     """
 
     usual_long: ClassVar[Long] = "windows"
@@ -89,7 +89,7 @@ class DecisionRequest(Request):
     known: Questions = NONE
     names: Mapping[str | None, str] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
-    plan: Plan = field(default_factory=Plan)
+    resolved: Resolved = field(default_factory=Resolved)
 
     @property
     def weight(self) -> int:
@@ -99,12 +99,12 @@ class DecisionRequest(Request):
     @property
     def entries(self) -> list[Entry]:
         """The models that are to answer."""
-        return list(self.plan.entries)
+        return list(self.resolved.entries)
 
     def served(self, get: Callable[..., Served]) -> list[Served]:
         """The models that answer; raises RequestError if a question has none. get: see Request.served.
 
-        What clients ask is often the same for many texts, so the plan is kept as long as the models are the same.
+        What clients ask is often the same for many texts, so what it means is kept as long as the models are.
         """
         found = []
         for name, where in self.names.items():
@@ -114,11 +114,11 @@ class DecisionRequest(Request):
                 raise error.inside(where) from None
         numbers = [one.number for one in found]  # the models themselves would stay in memory
         if not self.kept or self.kept[0] != numbers:
-            self.kept[:] = numbers, *self._planned(dict(zip(self.names, found, strict=True)))
-        _, which, self.plan.entries, self.plan.sources = self.kept
+            self.kept[:] = numbers, *self._resolved(dict(zip(self.names, found, strict=True)))
+        _, which, self.resolved.entries, self.resolved.sources = self.kept
         return [found[k] for k in which]
 
-    def _planned(
+    def _resolved(
         self, found: Mapping[str | None, Served]
     ) -> tuple[list[int], list[Entry], dict[int, tuple[int, Source]]]:
         """For each entry, the index of its model in `names`; the entries; and the sources. found: models by name."""
@@ -148,7 +148,7 @@ class DecisionRequest(Request):
 
     def for_model(self, manifest: Manifest, flag: Wanted | None = None) -> Self:
         """The same request, without the text if no model answers a question."""
-        return self if self.plan.sources else replace(self, texts=[])
+        return self if self.resolved.sources else replace(self, texts=[])
 
     def _check_others(self, question: Question, manifest: Manifest) -> None:
         """Raise RequestError if a question that no model answers cannot be asked of a decision server."""
@@ -166,13 +166,13 @@ class DecisionRequest(Request):
     @property
     def others(self) -> int:
         """Number of the questions that no model answers."""
-        return len(self.questions) - len(self.plan.sources)
+        return len(self.questions) - len(self.resolved.sources)
 
     async def ask_others(self, ask: Callable[[Any], Awaitable[Any]]) -> None:
         """Have the decision server answer the other questions; raises RequestError."""
-        left = [i for i in range(len(self.questions)) if i not in self.plan.sources]
+        left = [i for i in range(len(self.questions)) if i not in self.resolved.sources]
         reply = await ask(Asked(self.state, [self.questions[i] for i in left]))
-        self.plan.replies.update(zip(left, reply.answers, strict=True))
+        self.resolved.replies.update(zip(left, reply.answers, strict=True))
 
     def _options_for(self, source: Source) -> ExitOptions:
         """The exit options for a question: full depth if no promise of exits holds for it, unless the client asks."""
@@ -231,7 +231,9 @@ def _parse(call: Call, usual: Form) -> DecisionRequest:
     state = value[field]
     text = read(state, field)
     _check(not is_blank(text), field, "must not be empty, or only white space or invisible characters")
-    return replace(request, texts=[Text(text)], state=state if form == "systemone" else text, plan=Plan())
+    return replace(
+        request, texts=[Text(text)], state=state if form == "systemone" else text, resolved=Resolved()
+    )
 
 
 def _request(form: Form, value: Any, example: str, known: Questions) -> DecisionRequest:
@@ -247,6 +249,7 @@ def _request(form: Form, value: Any, example: str, known: Questions) -> Decision
         )
         fields = check_fields(SystemOneFields, some, example)
         questions = _systemone(fields.questions)
+    _check(fields.thresholds is None, "thresholds", "is that of the model, or of the file of questions")
     bound = [known.of(question) for question in questions]
     names: dict[str | None, str] = {} if fields.model is None and all(bound) else {fields.model: ""}
     for question, binding in zip(questions, bound, strict=True):
@@ -423,14 +426,14 @@ def serialize(_: str, job: Job) -> bytes:
 def _answer(job: Job, request: DecisionRequest, number: int) -> dict[str, Any]:
     """The answer to one question."""
     question = request.questions[number]
-    if number in request.plan.replies:
-        if (probs := request.plan.replies[number]) is None:
+    if number in request.resolved.replies:
+        if (probs := request.resolved.replies[number]) is None:
             return {"type": "refusal"} | ({"name": question.name} if request.form == "decisions" else {})
         return answer_row(request.form, question, probs) | {
             "x_exit": {"reason": "upstream"},
             "x_truncated": False,
         }
-    index, source = request.plan.sources[number]
+    index, source = request.resolved.sources[number]
     part = job.parts[index]
     (outcome,) = part.outcomes()
     row = answer_row(request.form, question, source.probabilities(outcome.reading))
