@@ -77,10 +77,10 @@ def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: floa
         for _ in range(rounds):
             for connections in CONNECTIONS:
                 for side, server in zip(found, started, strict=True):
-                    rate, cpu_us, *_ = run_wrk(server, script, connections, seconds)
-                    side.rates.setdefault(connections, []).append(rate)
+                    load = run_wrk(server, script, connections, seconds)
+                    side.rates.setdefault(connections, []).append(load.rate)
                     if connections == CONNECTIONS[0]:
-                        side.cpu_us.append(cpu_us)
+                        side.cpu_us.append(load.cpu_us)
         saturation = min(median(side.rates[CONNECTIONS[0]]) for side in found)
         for seed in range(rounds):
             for share in SHARES:

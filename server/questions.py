@@ -9,7 +9,7 @@ from math import isclose
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from de3.exits.flags import Flag
 from de3.exits.kinds import Classes, Labels, Value
@@ -31,14 +31,13 @@ class BoundOption(BaseModel):
     """A choice or a level in the file.
 
     Attributes:
-        value: of a choice. label: of a level.
+        value: of a choice, or the label of a level.
         means: the model's label or, for a level of a regression model, its value; None: the label of this name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    value: str | bool | None = None
-    label: str | None = None
+    value: str | bool = Field(validation_alias=AliasChoices("value", "label"))
     description: Any = None
     means: str | float | None = Field(None, alias="is")
 
@@ -77,12 +76,8 @@ class Binding(BaseModel):
             raise ValueError(f"labels, threshold: only a predicate has them, not a {self.type}")
         if self.criteria.keys() - {"true", "false"}:
             raise ValueError("criteria: must have true, false or both")
-        field = "value" if self.type == "choice" else "label"
-        for one in (one for one in [*self.choices, *self.levels] if isinstance(one, BoundOption)):
-            if (one.value is None) == (one.label is None) or getattr(one, field) is None:
-                raise ValueError(f"{own}: each must be a name, or a table with {field}")
         if len(self.meanings) < len(self.choices or self.levels):
-            raise ValueError(f"{own}: two have the same {field}")
+            raise ValueError(f"{own}: two are the same")
         return self
 
     @cached_property
@@ -104,9 +99,7 @@ class Binding(BaseModel):
 
 
 def _option(one: str | bool | BoundOption) -> Option:
-    if not isinstance(one, BoundOption):
-        return Option(one)
-    return Option(one.label if one.value is None else one.value, one.description)
+    return Option(one.value, one.description) if isinstance(one, BoundOption) else Option(one)
 
 
 def _typed(option: Option) -> str:

@@ -409,12 +409,12 @@ WRONG = [
     ),
     ('[[questions]]\ntype = "predicate"\nmodel = "labels"\nname = "a"\ncriteria = {yes = "b"}', "criteria"),
     (
-        '[[questions]]\ntype = "choice"\nmodel = "m"\nname = "a"\nchoices = [{label = "b"}, "c"]',
-        "questions.0.choi",
+        '[[questions]]\ntype = "choice"\nmodel = "m"\nname = "a"\nchoices = [{is = "b"}, "c"]',
+        "questions.0.choices",
     ),
     (
         '[[questions]]\ntype = "choice"\nmodel = "m"\nname = "a"\nchoices = ["b", "b"]',
-        "two have the same value",
+        "choices: two are the same",
     ),
     ('[[questions]]\ntype = "predicate"\nmodel = "labels"\nname = "a"\nlabel = "b"', "unknown field"),
     (
